@@ -1,0 +1,151 @@
+"""Frechet distance between two sets of features, in float64 on the host.
+
+Moments are gathered in one pass over batches of any size, with three arrays as the whole state:
+
+    moments = init_moments(dim)
+    for features in batches:
+        moments = update_moments(moments, features)
+    distance = frechet_distance(*finalize_moments(moments), mean_ref, cov_ref)
+
+Float64 on the host and not float32 on the device, because the square root in the distance lifts
+a float32 rounding of the covariance to the fourth digit when directions are empty (fewer samples
+than dimensions). Inception features are 8 KB an image, less work to move and to add up than to
+compute.
+
+Floor 2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+Features = Float[np.ndarray, "N D"]
+Mean = Float[np.ndarray, "D"]
+Covariance = Float[np.ndarray, "D D"]
+
+
+class FeatureMoments(NamedTuple):
+    """Mean and scatter of the feature vectors seen so far.
+
+    Plain float64 arrays: `np.savez(path, **moments._asdict())` keeps every bit, and
+    `FeatureMoments(**np.load(path))` continues where it stopped.
+    """
+
+    count: Int[np.ndarray, ""]  # vectors seen
+    mean: Mean
+    scatter: Covariance  # sum of (x - mean)(x - mean)^T, not yet divided
+
+
+def init_moments(dim: int) -> FeatureMoments:
+    """Moments of no vectors at all, for features of `dim` entries."""
+    if dim < 1:
+        raise ValueError(f"dim must be at least 1, the length of a feature vector; got {dim}.")
+    return FeatureMoments(np.array(0), np.zeros(dim), np.zeros((dim, dim)))
+
+
+def update_moments(moments: FeatureMoments, features: Float[np.ndarray, "N D"]) -> FeatureMoments:
+    """Moments after also seeing `features`, a batch of any float dtype and any length.
+
+    Raises ValueError on another feature length and on features that are not finite.
+    """
+    dim = moments.mean.shape[0]
+    if features.ndim != 2 or features.shape[1] != dim:
+        raise ValueError(f"features must have shape (N, {dim}); got {features.shape}.")
+    if features.shape[0] == 0:
+        return moments
+    features = np.asarray(features, np.float64)
+    mean = features.mean(axis=0)
+    if not np.isfinite(mean).all():
+        raise ValueError(
+            "features must be finite; got NaN or infinity. Check the images: a sampler that "
+            "diverged gives NaN pixels."
+        )
+    centred = features - mean
+    return merge_moments(
+        moments, FeatureMoments(np.array(len(features)), mean, centred.T @ centred)
+    )
+
+
+def merge_moments(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
+    """Moments of the two sets together. Source: Chan, Golub, LeVeque 1979, eq. 2.1."""
+    count = a.count + b.count
+    if count == 0:
+        return a
+    shift = b.mean - a.mean
+    weight = b.count / count
+    return FeatureMoments(
+        count=np.array(count),
+        mean=a.mean + weight * shift,
+        scatter=a.scatter + b.scatter + (a.count * weight) * np.outer(shift, shift),
+    )
+
+
+def finalize_moments(moments: FeatureMoments) -> tuple[Mean, Covariance]:
+    """Mean and unbiased covariance (divided by N - 1) of the vectors seen."""
+    if moments.count < 2:
+        raise ValueError(f"A covariance needs at least 2 samples; got {moments.count}.")
+    return moments.mean, moments.scatter / (moments.count - 1)
+
+
+def frechet_distance(
+    mean1: Mean,
+    cov1: Covariance,
+    mean2: Mean,
+    cov2: Covariance,
+) -> float:
+    """Squared 2-Wasserstein distance between two Gaussians, in squared feature units; >= 0.
+
+    |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)). The trace of the root is taken from
+    the symmetric A^T cov2 A with A A^T = cov1, which has the eigenvalues of cov1 cov2. So it is
+    real and finite for covariances of any rank, where the root of the bare product may not exist.
+    Raises ValueError on shapes that do not fit and on values that are not finite.
+    Source: Heusel et al. 2017 (arXiv:1706.08500), eq. 6; Dowson and Landau 1982.
+    """
+    dim = np.shape(mean1)[0] if np.ndim(mean1) == 1 else "D"
+    arrays = {"mean1": (mean1, 1), "cov1": (cov1, 2), "mean2": (mean2, 1), "cov2": (cov2, 2)}
+    for name, (array, ndim) in arrays.items():
+        if np.shape(array) != (dim,) * ndim:
+            raise ValueError(
+                f"{name} must have shape {(dim,) * ndim}; got {np.shape(array)}. Were both sides "
+                "made with the same feature network?"
+            )
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} must be finite; got NaN or infinity.")
+    mean1, cov1, mean2, cov2 = (np.asarray(x, np.float64) for x in (mean1, cov1, mean2, cov2))
+
+    root = _root(cov1)
+    products = np.linalg.eigvalsh(root.T @ cov2 @ root)
+    trace_of_root = np.sqrt(np.maximum(products, 0)).sum()
+    distance = np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root
+    return max(float(distance), 0.0)  # equal Gaussians may round to -1e-12
+
+
+def _root(cov: Covariance) -> Covariance:
+    """A with A A^T = cov: Cholesky where it exists, several times faster, else eigenvectors."""
+    try:
+        return np.linalg.cholesky(cov)
+    except np.linalg.LinAlgError:  # rank deficient: rounding left an eigenvalue below zero
+        values, vectors = np.linalg.eigh(cov)
+        return vectors * np.sqrt(np.maximum(values, 0))
+
+
+def frechet_distance_from_features(
+    a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]
+) -> float:
+    """Frechet distance between two sets of features that fit in memory; see `frechet_distance`."""
+    moments = (update_moments(init_moments(x.shape[1]), x) for x in (a, b))
+    (mean1, cov1), (mean2, cov2) = map(finalize_moments, moments)
+    return frechet_distance(mean1, cov1, mean2, cov2)
+
+
+def few_samples_warning(num_samples: int, dim: int) -> str | None:
+    """A sentence for tables when the covariance cannot have full rank, else None."""
+    if num_samples > dim:
+        return None
+    return (
+        f"N = {num_samples} samples do not exceed the {dim} feature dimensions: the covariance is "
+        "singular and the distance is biased upwards; compare only with equal N."
+    )
