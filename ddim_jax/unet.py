@@ -1,0 +1,282 @@
+"""The U-Net of Ho et al. 2020 (arXiv:2006.11239, appendix B), which the DDIM paper samples.
+
+It is one network with three published spellings (the paper's torch code, diffusers' `UNet2DModel`,
+DDPM's TensorFlow code); `ddim_jax.convert` renames their weights to ours. It predicts from (x, t)
+alone and knows nothing about noise schedules. Images are channels last: (B, H, W, C).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+
+class UNet(nn.Module):
+    """A network with the signature of `EpsFn`: `model.apply(variables, x, t)` predicts the noise.
+
+    The defaults are the published CIFAR-10 network, 35 746 307 parameters. Parameters and group
+    norms are float32 whatever `dtype` is. Dropout is active only with `train=True`, which then
+    needs `rngs={"dropout": key}`. Make the parameters with `jax.jit(model.init)(key, x, t)`.
+
+    With `num_classes` a label in [0, num_classes] is required: the classes are 0 .. num_classes - 1
+    and the index num_classes means "no class", the unconditional half of classifier-free guidance.
+    """
+
+    image_channels: int = 3
+    channels: int = 128  # at full resolution; the time embedding is four times as wide
+    channel_mults: tuple[int, ...] = (1, 2, 2, 2)  # one per level, each level half as high and wide
+    num_res_blocks: int = 2  # per level on the way down, one more on the way up
+    attention_resolutions: tuple[int, ...] = (16,)  # image heights at which the blocks attend
+    dropout: float = 0.0
+    num_classes: int | None = None
+    norm_groups: int = 32
+    dtype: DTypeLike = jnp.float32  # of the computation
+
+    def __post_init__(self) -> None:
+        """Refuses settings that make no network."""
+        super().__post_init__()
+        _check_settings(self)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "*batch H W C"],
+        t: Int[Array, "*times"] | int,
+        label: Int[Array, "*labels"] | int | None = None,
+        *,
+        train: bool = False,
+    ) -> Float[Array, "*batch H W C"]:
+        """Predicted noise, of x's shape and dtype.
+
+        `x` is (B, H, W, C) in about [-1, 1], or one image (H, W, C), so that `jax.vmap` over images
+        works. `t` and `label` are integer scalars, or (B,) when x has a batch. A label outside
+        [0, num_classes] gives NaN.
+        """
+        t, label = _check_inputs(self, x, t, label)
+        residual = functools.partial(
+            ResidualBlock, dropout=self.dropout, norm_groups=self.norm_groups, dtype=self.dtype
+        )
+        attention = functools.partial(
+            AttentionBlock, norm_groups=self.norm_groups, dtype=self.dtype
+        )
+        widths = [self.channels * mult for mult in self.channel_mults]
+        last = len(widths) - 1
+
+        h = x.astype(self.dtype)[None] if x.ndim == 3 else x.astype(self.dtype)
+        temb = self._embed(t, label)
+
+        h = _conv3x3(self.channels, dtype=self.dtype, name="conv_in")(h)
+        skips = [h]
+        for level, width in enumerate(widths):
+            for block in range(self.num_res_blocks):
+                h = residual(width, name=f"down_{level}_block_{block}")(h, temb, train=train)
+                if h.shape[1] in self.attention_resolutions:
+                    h = attention(name=f"down_{level}_attn_{block}")(h)
+                skips.append(h)
+            if level < last:
+                # Padded right and bottom only, as TensorFlow's "SAME" does on even sizes.
+                h = _conv3x3(
+                    width,
+                    strides=2,
+                    padding=((0, 1), (0, 1)),
+                    dtype=self.dtype,
+                    name=f"down_{level}_downsample",
+                )(h)
+                skips.append(h)
+
+        h = residual(widths[-1], name="mid_block_1")(h, temb, train=train)
+        h = attention(name="mid_attn_1")(h)
+        h = residual(widths[-1], name="mid_block_2")(h, temb, train=train)
+
+        for level, width in reversed(list(enumerate(widths))):
+            for block in range(self.num_res_blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = residual(width, name=f"up_{level}_block_{block}")(h, temb, train=train)
+                if h.shape[1] in self.attention_resolutions:
+                    h = attention(name=f"up_{level}_attn_{block}")(h)
+            if level > 0:
+                h = _upsample_nearest(h)
+                h = _conv3x3(width, dtype=self.dtype, name=f"up_{level}_upsample")(h)
+
+        h = nn.swish(_group_norm(self.norm_groups, self.dtype, "norm_out")(h))
+        h = _conv3x3(self.image_channels, ZERO_INIT, dtype=self.dtype, name="conv_out")(h)
+        return h.reshape(x.shape).astype(x.dtype)
+
+    def _embed(self, t: Int[Array, " N"], label: Int[Array, " M"] | None) -> Float[Array, "B E"]:
+        """Time, and the class if there is one, as the vector every residual block reads."""
+        dense = functools.partial(
+            nn.Dense, 4 * self.channels, dtype=self.dtype, kernel_init=DDPM_INIT
+        )
+        temb = timestep_embedding(t, self.channels)
+        temb = dense(name="temb_dense_1")(nn.swish(dense(name="temb_dense_0")(temb)))
+        if self.num_classes is not None and label is not None:
+            classes = nn.Embed(self.num_classes + 1, 4 * self.channels, name="label_embed")
+            row = classes.embedding.at[label].get(
+                mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+            )
+            temb = temb + row.astype(self.dtype)
+        # Every block starts with this swish, so once is enough.
+        return nn.swish(temb)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around the time embedding, plus a shortcut; x + h is not rescaled."""
+
+    features: int
+    dropout: float
+    norm_groups: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], temb: Float[Array, "#B E"], *, train: bool
+    ) -> Float[Array, "B H W D"]:
+        """`temb` has been through its swish already."""
+        dense = functools.partial(nn.Dense, self.features, dtype=self.dtype, kernel_init=DDPM_INIT)
+        h = nn.swish(_group_norm(self.norm_groups, self.dtype, "norm1")(x))
+        h = _conv3x3(self.features, dtype=self.dtype, name="conv1")(h)
+        h = h + dense(name="temb_proj")(temb)[:, None, None, :]
+
+        h = nn.swish(_group_norm(self.norm_groups, self.dtype, "norm2")(h))
+        h = nn.Dropout(self.dropout)(h, deterministic=not train)
+        h = _conv3x3(self.features, ZERO_INIT, dtype=self.dtype, name="conv2")(h)
+
+        if x.shape[-1] != self.features:
+            x = dense(name="nin_shortcut")(x)  # a 1x1 convolution
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Every pixel attends to every pixel: one head, as wide as the feature map, and a shortcut."""
+
+    norm_groups: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Returns x plus what was attended to."""
+        batch, height, width, channels = x.shape
+        dense = functools.partial(nn.Dense, channels, dtype=self.dtype)
+        h = _group_norm(self.norm_groups, self.dtype, "norm")(x)
+        h = h.reshape(batch, height * width, 1, channels)  # (batch, position, head, channel)
+        q, k, v = (dense(kernel_init=DDPM_INIT, name=name)(h) for name in "qkv")
+        h = jax.nn.dot_product_attention(q, k, v)  # scales by C ** -0.5
+        return x + dense(kernel_init=ZERO_INIT, name="proj_out")(h).reshape(x.shape)
+
+
+DDPM_INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+ZERO_INIT = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
+"""Nearly zero, so that every block starts as the identity and the network as a constant."""
+
+
+def timestep_embedding(t: Int[Array, " N"], width: int) -> Float[Array, "N E"]:
+    """Sines, then cosines, of the index t at width // 2 frequencies from 1 down to 1e-4.
+
+    The index enters as it is, not divided by T. An odd width is padded with a zero.
+    Source: Ho et al. 2020, whose last frequency is exactly 1e-4: half - 1 in the denominator.
+    """
+    half = width // 2
+    frequencies = np.exp(-math.log(10_000) * np.arange(half) / (half - 1))
+    angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
+    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, width % 2)))
+
+
+def _conv3x3(
+    features: int,
+    kernel_init: nn.initializers.Initializer = DDPM_INIT,
+    *,
+    strides: int = 1,
+    padding: int | tuple[tuple[int, int], tuple[int, int]] = 1,
+    dtype: DTypeLike,
+    name: str,
+) -> nn.Conv:
+    return nn.Conv(
+        features, (3, 3), strides, padding, dtype=dtype, kernel_init=kernel_init, name=name
+    )
+
+
+def _group_norm(groups: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
+    # Statistics are float32 even when the result is bfloat16.
+    return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def _upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(
+        b, 2 * h, 2 * w, c
+    )
+
+
+def _check_settings(net: UNet) -> None:
+    for name in ("image_channels", "num_res_blocks", "norm_groups"):
+        if getattr(net, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {getattr(net, name)}.")
+    if net.channels < 4 or net.channels % net.norm_groups:
+        raise ValueError(
+            f"channels must be at least 4 and divisible by norm_groups ({net.norm_groups}); "
+            f"got {net.channels}. For a small network choose fewer norm_groups."
+        )
+    if not net.channel_mults or min(net.channel_mults) < 1:
+        raise ValueError(
+            f"channel_mults must hold one integer >= 1 per level; got {tuple(net.channel_mults)}."
+        )
+    if not 0 <= net.dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1); got {net.dropout}.")
+    if net.num_classes is not None and net.num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, or None; got {net.num_classes}.")
+
+
+def _check_inputs(net: UNet, x, t, label):
+    """t and label as int arrays of shape (1,) or (B,), or a ValueError that says what is wrong."""
+    if x.ndim not in (3, 4) or x.shape[-1] != net.image_channels:
+        raise ValueError(
+            f"x must be (B, H, W, {net.image_channels}) or (H, W, {net.image_channels}), channels "
+            f"last; got shape {x.shape}."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be floating point, in about [-1, 1]; got dtype {x.dtype}.")
+    height, width = x.shape[-3:-1]
+    halvings = len(net.channel_mults) - 1
+    if height % 2**halvings or width % 2**halvings:
+        raise ValueError(
+            f"x's height and width must be divisible by {2**halvings}, since {halvings + 1} levels "
+            f"halve them {halvings} times; got {height} x {width}. Pad or crop the images, or use "
+            "fewer channel_mults."
+        )
+    heights = [height // 2**level for level in range(halvings + 1)]
+    if not set(net.attention_resolutions) <= set(heights):
+        raise ValueError(
+            f"attention_resolutions must be among the heights of the levels, {heights} for x of "
+            f"height {height}; got {tuple(net.attention_resolutions)}. Otherwise those attention "
+            "blocks would silently be left out."
+        )
+    if (net.num_classes is None) != (label is None):
+        raise ValueError(
+            "label was given, but this network has num_classes=None."
+            if label is not None
+            else f"label is required, since num_classes={net.num_classes}; pass {net.num_classes} "
+            "for 'no class'."
+        )
+    batch = x.shape[:-3]
+    t = _check_index("t", t, batch)
+    return t, None if label is None else _check_index("label", label, batch)
+
+
+def _check_index(name: str, index, batch: tuple[int, ...]) -> Int[Array, " N"]:
+    index = jnp.asarray(index)
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise ValueError(f"{name} must be an integer index; got dtype {index.dtype}.")
+    if index.shape not in ((), batch):
+        raise ValueError(
+            f"{name} must be a scalar{f' or have shape {batch}' if batch else ''}, "
+            f"to go with x; got shape {index.shape}."
+        )
+    return index.reshape(-1)
