@@ -9,13 +9,14 @@ from typing import Protocol, TypeAlias
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 Data: TypeAlias = Float[Array, "*shape"]
 """Data, noise or a state: any shape at all, images are (..., H, W, C) in [-1, 1]."""
 
 Level: TypeAlias = Float[Array, "*level"] | Float[np.ndarray, "*level"] | np.floating | float
-"""A noise level alpha_bar in (0, 1]: a scalar, or an array whose axes are the data's leading axes."""
+"""A noise level alpha_bar in (0, 1]: a scalar, or an array over the data's leading axes."""
 
 Index: TypeAlias = Int[Array, "*index"] | Int[np.ndarray, "*index"] | np.integer | int
 """A time index t in [-1, T - 1]; -1 is clean data."""
@@ -32,3 +33,8 @@ class EpsFn(Protocol):
     """
 
     def __call__(self, x: jax.Array, t: jax.Array, /) -> jax.Array: ...  # noqa: D102
+
+
+def is_traced(value: object) -> bool:
+    """Whether JAX is tracing `value`, so that it cannot be checked now."""
+    return isinstance(value, Tracer)

@@ -1,0 +1,72 @@
+"""Moving between latents x_T: lines and grids, spherical and linear.
+
+Latents live on a sphere: a standard normal vector of d dimensions has norm near sqrt(d). Spherical
+interpolation stays there, linear interpolation falls inside, where the network never saw x_T.
+Source: Song et al. 2021, section 5.3 and appendix D.5.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ddim_jax.predict import check_same_shape
+from ddim_jax.types import Data
+
+Fraction = Float[Array, ""] | float
+
+
+def lerp(a: Data, b: Data, fraction: Fraction) -> Data:
+    """(1 - fraction) a + fraction b. Between two latents it loses norm; prefer `slerp`."""
+    check_same_shape("b", b, a)
+    return ((1 - fraction) * a + fraction * b).astype(a.dtype)
+
+
+def slerp(a: Data, b: Data, fraction: Fraction) -> Data:
+    """Spherical interpolation of two latents of any one shape, taken as flat vectors.
+
+    fraction in [0, 1] goes from a to b along the arc between them; parallel or opposite vectors,
+    which have no single arc, are joined by a straight line. Source: eq. 67 (Shoemake 1985).
+    """
+    check_same_shape("b", b, a)
+    u, v = a.ravel().astype(jnp.float32), b.ravel().astype(jnp.float32)
+    cosine = jnp.vdot(u, v) / (jnp.linalg.norm(u) * jnp.linalg.norm(v))
+    angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
+    sine = jnp.sin(angle)
+    no_arc = sine < 1e-5
+    safe = jnp.where(no_arc, 1.0, sine)
+    weight_a = jnp.where(no_arc, 1 - fraction, jnp.sin((1 - fraction) * angle) / safe)
+    weight_b = jnp.where(no_arc, fraction, jnp.sin(fraction * angle) / safe)
+    return (weight_a * a + weight_b * b).astype(a.dtype)
+
+
+def interpolation_line(
+    a: Data, b: Data, num_points: int, interpolate=slerp
+) -> Float[Array, "N *shape"]:
+    """`num_points` latents from a to b, both included; `interpolate` is slerp or lerp."""
+    _check_at_least_two("num_points", num_points)
+    fractions = jnp.linspace(0.0, 1.0, num_points)
+    return jax.vmap(lambda f: interpolate(a, b, f))(fractions)
+
+
+def interpolation_grid(
+    corners: Float[Array, "4 *shape"], num_rows: int, num_columns: int, interpolate=slerp
+) -> Float[Array, "rows columns *shape"]:
+    """A grid of latents between four: corners[0..3] are top left, top right, bottom left, right.
+
+    Rows run between the two interpolated edges. Source: appendix D.5.
+    """
+    if corners.shape[0] != 4:
+        raise ValueError(f"corners must hold 4 latents; got leading axis {corners.shape[0]}.")
+    _check_at_least_two("num_rows", num_rows)
+    _check_at_least_two("num_columns", num_columns)
+    top_left, top_right, bottom_left, bottom_right = corners
+    left = interpolation_line(top_left, bottom_left, num_rows, interpolate)
+    right = interpolation_line(top_right, bottom_right, num_rows, interpolate)
+    return jax.vmap(lambda a, b: interpolation_line(a, b, num_columns, interpolate))(left, right)
+
+
+def _check_at_least_two(name: str, value: int) -> None:
+    if value < 2:
+        raise ValueError(f"{name} must be at least 2, to include both ends; got {value}.")

@@ -1,0 +1,186 @@
+"""Noise schedules, and the sub-sequences of time indices that samplers visit.
+
+The one table is alphas_cumprod, the cumulative product of 1 - beta. It is what the DDIM paper
+calls alpha; we call its value at index t `alpha_bar`. Index -1 is clean data: alpha_bar(-1) = 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ddim_jax.types import Index, is_traced
+
+Spacing = Literal["uniform", "quadratic", "linspace", "trailing"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["alphas_cumprod"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Noise schedule: q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I).
+
+    A pytree, so it passes through jit, vmap and grad as an argument. Build one with
+    `linear_schedule` and its siblings, which check their arguments.
+    """
+
+    alphas_cumprod: Float[Array, "T"]  # strictly decreasing, inside (0, 1)
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of noise levels the network was trained on."""
+        return self.alphas_cumprod.shape[0]
+
+    def alpha_bar(self, t: Index) -> Float[Array, "*index"]:
+        """Signal level at index t, in (0, 1]: 1 at t = -1 (clean data), NaN outside [-1, T - 1]."""
+        t = _as_index(t)
+        # Plain indexing would clamp or wrap silently; a wrong index must show.
+        level = self.alphas_cumprod.at[t].get(
+            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+        )
+        return jnp.where(t == -1, jnp.ones_like(level), level)
+
+    def log_snr(self, t: Index) -> Float[Array, "*index"]:
+        """Log signal-to-noise ratio log(alpha_bar / (1 - alpha_bar)) at t; +inf at t = -1."""
+        alpha_bar = self.alpha_bar(t)
+        return jnp.log(alpha_bar) - jnp.log1p(-alpha_bar)
+
+
+def _as_index(t: Index) -> Int[Array, "*index"]:
+    t = jnp.asarray(t)
+    if not jnp.issubdtype(t.dtype, jnp.integer):
+        raise ValueError(f"t must be integer indices into the schedule; got dtype {t.dtype}.")
+    return t
+
+
+def schedule_from_betas(betas: Sequence[float] | np.ndarray | Float[Array, "T"]) -> Schedule:
+    """Schedule with DDPM's per-step variances `betas`, shape (T,), each in (0, 1).
+
+    The product is taken in float64 on the host and cast to float32 once.
+    Raises ValueError for another rank, an empty array or a value outside (0, 1).
+    Source: Ho et al. 2020 (arXiv:2006.11239), section 2.
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or betas.size == 0:
+        raise ValueError(f"betas must be a non-empty vector (T,); got shape {betas.shape}.")
+    if not (np.all(betas > 0) and np.all(betas < 1)):
+        raise ValueError(
+            f"betas must lie in (0, 1); got values from {betas.min():g} to {betas.max():g}."
+        )
+    return Schedule(jnp.asarray(np.cumprod(1.0 - betas), jnp.float32))
+
+
+def linear_schedule(
+    num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> Schedule:
+    """Schedule with betas linear in t, the one every published DDIM network was trained with.
+
+    Source: Ho et al. 2020, section 4. The defaults give alpha_bar(999) = 4.0358e-5.
+    """
+    _check_num_steps(num_steps)
+    return schedule_from_betas(np.linspace(beta_start, beta_end, num_steps, dtype=np.float64))
+
+
+def scaled_linear_schedule(
+    num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> Schedule:
+    """Schedule with sqrt(beta) linear in t, as latent diffusion models use.
+
+    Source: Rombach et al. 2022 (arXiv:2112.10752), their released configurations.
+    """
+    _check_num_steps(num_steps)
+    roots = np.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=np.float64)
+    return schedule_from_betas(roots**2)
+
+
+def cosine_schedule(
+    num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
+) -> Schedule:
+    """Schedule whose alpha_bar follows a squared cosine, betas clipped at `max_beta`.
+
+    Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17.
+    """
+    _check_num_steps(num_steps)
+    time = np.arange(num_steps + 1, dtype=np.float64) / num_steps
+    level = np.cos((time + offset) / (1 + offset) * np.pi / 2) ** 2
+    return schedule_from_betas(np.minimum(1 - level[1:] / level[:-1], max_beta))
+
+
+def _check_num_steps(num_steps: int) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1; got {num_steps}.")
+
+
+def ddim_timesteps(
+    num_steps: int, num_sample_steps: int, spacing: Spacing = "uniform"
+) -> Int[np.ndarray, "S"]:
+    """Time indices a sampler visits: int32, descending, exactly `num_sample_steps` of them.
+
+    spacing:
+      "uniform": i * (T // S), the paper's linear sub-sequence. S = 10: 900, 800, .., 0.
+      "quadratic": int(linspace(0, sqrt(0.8 T), S)**2), the paper's choice for CIFAR-10.
+        S = 10: 800, 632, 483, .., 9, 0. A large S repeats an index, which leaves x unchanged.
+      "linspace": round(linspace(0, T - 1, S)), both ends included.
+      "trailing": round(T - i * T / S) - 1, from T - 1 downwards.
+
+    Raises ValueError unless 1 <= num_sample_steps <= num_steps and the spacing is one of these.
+    Source: Song et al. 2021, appendix D.2; the last two are other tools' habits.
+    """
+    if not 1 <= num_sample_steps <= num_steps:
+        raise ValueError(
+            f"num_sample_steps must be in [1, {num_steps}], the length of the trained schedule; "
+            f"got {num_sample_steps}."
+        )
+    i = np.arange(num_sample_steps)
+    match spacing:
+        case "uniform":
+            ascending = i * (num_steps // num_sample_steps)
+        case "quadratic":
+            # float64 on the host: in float32 the floor differs for a quarter of all S.
+            ascending = np.linspace(0, np.sqrt(0.8 * num_steps), num_sample_steps) ** 2
+        case "linspace":
+            ascending = np.round(np.linspace(0, num_steps - 1, num_sample_steps))
+        case "trailing":
+            ascending = np.round(num_steps - i * (num_steps / num_sample_steps))[::-1] - 1
+        case _:
+            raise ValueError(f"spacing must be one of {get_args(Spacing)}; got {spacing!r}.")
+    return ascending.astype(np.int32)[::-1].copy()
+
+
+def check_timesteps(
+    timesteps: Sequence[int] | np.ndarray | Int[Array, "S"], num_steps: int
+) -> Int[Array, "S"]:
+    """The given time indices as an int32 array, checked: descending, inside [0, T - 1], not empty.
+
+    A repeated index is allowed. Values that are traced cannot be checked; an index outside the
+    schedule then gives NaN samples. Raises ValueError for anything else that breaks the rule.
+    """
+    if is_traced(timesteps):
+        return jnp.asarray(timesteps, jnp.int32)
+    indices = np.asarray(timesteps)
+    if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
+        raise ValueError(
+            "timesteps must be a non-empty vector of integers, such as ddim_timesteps gives; "
+            f"got shape {indices.shape} and dtype {indices.dtype}."
+        )
+    if np.any(np.diff(indices) > 0):
+        raise ValueError(
+            "timesteps must descend, from the noisiest index to the cleanest; "
+            f"got {_preview(indices)}. Reverse the list, or sort it."
+        )
+    if indices[-1] < 0 or indices[0] >= num_steps:
+        raise ValueError(
+            f"timesteps must lie in [0, {num_steps - 1}], the trained schedule; "
+            f"got {_preview(indices)}."
+        )
+    return jnp.asarray(indices, jnp.int32)
+
+
+def _preview(values: np.ndarray) -> str:
+    return np.array2string(values, threshold=8, edgeitems=3, separator=", ")

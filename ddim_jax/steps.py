@@ -1,0 +1,176 @@
+"""One reverse step: arrays in, arrays out, no schedule and no network.
+
+Every step is given the level it starts from and the level it goes to, and never guesses the second
+from the first: any sub-sequence, encoding and distillation then come for free.
+Source of all: Song, Meng, Ermon 2021 (arXiv:2010.02502), whose alpha is our alpha_bar.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ddim_jax.predict import (
+    as_level,
+    check_same_shape,
+    epsilon_to_x0,
+    expand_level,
+    safe_sqrt,
+    x0_to_epsilon,
+)
+from ddim_jax.types import Data, Level, is_traced
+
+Variance = Literal["fixed_small", "fixed_large"]
+
+
+def ddim_sigma(alpha_bar: Level, alpha_bar_prev: Level, eta: Level = 1.0) -> Float[Array, "*level"]:
+    """Std of the noise one DDIM step adds, in data units (data in [-1, 1]).
+
+    Both levels lie in (0, 1]; stepping towards more noise (encoding) gives 0. NaN in, NaN out.
+    eta = 0 is DDIM, eta = 1 is DDPM with its smaller variance. Raises ValueError for eta < 0.
+    Source: eq. 16.
+    """
+    check_eta(eta)
+    ab, ab_prev = as_level(alpha_bar), as_level(alpha_bar_prev)
+    # Encoding's first step starts from clean data, where 1 - ab is 0: there the ratio is not used.
+    noise = jnp.where(ab == 1, 1.0, 1 - ab)
+    return jnp.asarray(eta) * safe_sqrt((1 - ab_prev) / noise * (1 - ab / ab_prev))
+
+
+def ddim_sigma_hat(alpha_bar: Level, alpha_bar_prev: Level) -> Float[Array, "*level"]:
+    """Std of the noise of the paper's sigma-hat and of DDPM's larger variance, in data units.
+
+    sqrt(1 - alpha_bar / alpha_bar_prev), but 0 when stepping to clean data, as published.
+    Source: appendix D.3; Ho et al. 2020, section 3.2 (beta_t).
+    """
+    ab, ab_prev = as_level(alpha_bar), as_level(alpha_bar_prev)
+    return jnp.where(ab_prev == 1, 0.0, safe_sqrt(1 - ab / ab_prev))
+
+
+def ddim_step(
+    x_t: Data,
+    eps: Data,
+    alpha_bar: Level,
+    alpha_bar_prev: Level,
+    *,
+    eta: Level = 0.0,
+    noise: Data | None = None,
+) -> Data:
+    """x_prev, one step from level `alpha_bar` to level `alpha_bar_prev`.
+
+        x_prev = sqrt(ab_prev) x0_hat + sqrt(1 - ab_prev - sigma^2) eps + sigma noise
+
+    `eps` is the predicted noise, `noise` standard normal; both have x_t's shape, any shape. Levels
+    lie in (0, 1] and may go either way (encoding: eta = 0). `eta` may be traced. An eta so large
+    that sigma^2 > 1 - ab_prev gives NaN.
+    Raises ValueError for eta < 0, and for an eta other than 0 without noise. Source: eq. 12.
+    """
+    sigma = ddim_sigma(alpha_bar, alpha_bar_prev, eta)
+    x0 = epsilon_to_x0(eps, x_t, alpha_bar)
+    _check_noise(eta, noise)
+    return _add(_towards(x0, eps, alpha_bar_prev, sigma), sigma, noise).astype(x_t.dtype)
+
+
+def ddim_step_clip_data(
+    x_t: Data,
+    eps: Data,
+    alpha_bar: Level,
+    alpha_bar_prev: Level,
+    *,
+    eta: Level = 0.0,
+    noise: Data | None = None,
+    low: float = -1.0,
+    high: float = 1.0,
+) -> Data:
+    """`ddim_step` with x0_hat clipped to [low, high] but eps kept: diffusers' `clip_sample`.
+
+    No longer eq. 12, since the two predictions disagree; offered to reproduce that tool's images.
+    To clip consistently, wrap the network in `clip_x0`, which re-derives eps.
+    """
+    x0 = jnp.clip(epsilon_to_x0(eps, x_t, alpha_bar), low, high)
+    sigma = ddim_sigma(alpha_bar, alpha_bar_prev, eta)
+    _check_noise(eta, noise)
+    return _add(_towards(x0, eps, alpha_bar_prev, sigma), sigma, noise).astype(x_t.dtype)
+
+
+def ddpm_step(
+    x_t: Data,
+    eps: Data,
+    alpha_bar: Level,
+    alpha_bar_prev: Level,
+    *,
+    noise: Data,
+    variance: Variance = "fixed_small",
+) -> Data:
+    """x_prev, one ancestral step of DDPM: the posterior's mean at x0_hat, plus noise.
+
+    `variance` "fixed_small" is the posterior's (this is `ddim_step` with eta = 1), "fixed_large" is
+    1 - alpha_bar / alpha_bar_prev; the step to clean data adds none.
+    Source: Ho et al. 2020 (arXiv:2006.11239), algorithm 2 and section 3.2.
+    """
+    if variance not in get_args(Variance):
+        raise ValueError(f"variance must be one of {get_args(Variance)}; got {variance!r}.")
+    small = ddim_sigma(alpha_bar, alpha_bar_prev, 1.0)
+    std = small if variance == "fixed_small" else ddim_sigma_hat(alpha_bar, alpha_bar_prev)
+    x0 = epsilon_to_x0(eps, x_t, alpha_bar)
+    return _add(_towards(x0, eps, alpha_bar_prev, small), std, noise).astype(x_t.dtype)
+
+
+def sigma_hat_step(
+    x_t: Data, eps: Data, alpha_bar: Level, alpha_bar_prev: Level, *, noise: Data
+) -> Data:
+    """x_prev, one step of the paper's sigma-hat rows: DDPM's larger variance, x0_hat in [-1, 1].
+
+    Source: appendix D.3; the clamp, from which eps is re-derived, is the published code's.
+    """
+    eps = clip_epsilon(eps, x_t, alpha_bar)
+    return ddpm_step(x_t, eps, alpha_bar, alpha_bar_prev, noise=noise, variance="fixed_large")
+
+
+def clip_epsilon(
+    eps: Data, x_t: Data, alpha_bar: Level, low: float = -1.0, high: float = 1.0
+) -> Data:
+    """The noise that agrees with x0_hat clipped to [low, high]; eps itself where nothing is cut."""
+    x0 = epsilon_to_x0(eps, x_t, alpha_bar)
+    clipped = jnp.clip(x0, low, high)
+    # Not re-derived where nothing was cut: the division by sqrt(1 - ab) would only add rounding.
+    return jnp.where(clipped == x0, eps, x0_to_epsilon(clipped, x_t, alpha_bar)).astype(eps.dtype)
+
+
+def _towards(x0: Data, eps: Data, alpha_bar_prev: Level, sigma: Float[Array, "..."]) -> jax.Array:
+    """Eq. 12 without its noise."""
+    ab_prev, sigma = expand_level(alpha_bar_prev, x0), expand_level(sigma, x0)
+    direction = 1 - ab_prev - sigma**2
+    # Below 0 by rounding at eta = 1; by more than that, no process has this sigma.
+    direction = jnp.where(direction < -1e-6, jnp.nan, direction)
+    return safe_sqrt(ab_prev) * x0 + safe_sqrt(direction) * eps
+
+
+def _add(mean: jax.Array, std: Float[Array, "..."], noise: Data | None) -> jax.Array:
+    if noise is None:
+        return mean
+    check_same_shape("noise", noise, mean)
+    return mean + expand_level(std, mean) * noise
+
+
+def _check_noise(eta: Level, noise: Data | None) -> None:
+    if noise is None and not is_zero(eta):
+        raise ValueError(
+            f"noise must be given when eta is not 0; got eta={eta} and noise=None. "
+            "Pass jax.random.normal(key, x_t.shape), or eta=0.0."
+        )
+
+
+def is_zero(eta: Level) -> bool:
+    """Whether eta is known, now, to be 0; a traced eta is not."""
+    return not is_traced(eta) and bool(np.all(np.asarray(eta) == 0))
+
+
+def check_eta(eta: Level) -> None:
+    """Raise ValueError for a known eta below 0; a traced one cannot be checked."""
+    if not is_traced(eta) and not np.all(np.asarray(eta) >= 0):
+        raise ValueError(f"eta must be at least 0 (0 is DDIM, 1 is DDPM); got {eta}.")
