@@ -6,6 +6,8 @@ whatever the batch size, the number of devices or where a run was resumed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,23 +30,41 @@ def initial_noise(
 
     Image i depends on (key, i) alone, whatever the batch size or the number of devices.
     """
-    keys = jax.vmap(lambda k: jax.random.split(k))(image_keys(key, indices))
-    x_T = jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys[:, 0])
+    keys = jax.vmap(jax.random.split)(image_keys(key, indices))
+    x_T = draw_each(lambda k: jax.random.normal(k, image_shape), keys[:, 0])
     return x_T, keys[:, 1]
 
 
 def draw_noise(key: PRNGKey | None, x: jax.Array) -> jax.Array:
     """Standard normal noise of x's shape, at least float32; with keys (B,), image i from key i."""
-    if key is None:
-        raise ValueError("key must be a PRNG key for a sampler that draws noise; got None.")
+    key = typed_key(key)
+    check_keys(key, x)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     if key.ndim == 0:
         return jax.random.normal(key, x.shape, dtype)
-    return jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], dtype))(key)
+    return draw_each(lambda k: jax.random.normal(k, x.shape[1:], dtype), key)
 
 
-def typed_key(key: PRNGKey) -> jax.Array:
+def draw_each(draw: Callable[[jax.Array], jax.Array], keys: PRNGKey) -> jax.Array:
+    """draw(key) for each of the keys (B,), stacked."""
+    if jax.random.key_impl(keys) == "threefry2x32":
+        return jax.vmap(draw)(keys)
+    # Under vmap the hardware generators (rbg) would draw everything from the batch's first key.
+    return jax.lax.map(draw, keys)
+
+
+def check_keys(key: PRNGKey, x: jax.Array) -> None:
+    """Raise ValueError unless `key`, typed, is one key or one for each entry of x's first axis."""
+    if key.ndim != 0 and key.shape != x.shape[:1]:
+        raise ValueError(
+            f"key must be one key, or one for each of the {x.shape[:1]} images; got {key.shape}."
+        )
+
+
+def typed_key(key: PRNGKey | None) -> jax.Array:
     """The key as a typed key array; an old-style uint32 key becomes one."""
-    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
-    return jax.random.wrap_key_data(key)
+    if isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32:
+        return jax.random.wrap_key_data(jnp.asarray(key))
+    raise ValueError(f"key must be a PRNG key, such as jax.random.key(0); got {key!r}.")

@@ -1,6 +1,6 @@
 """Shapes and the one protocol everything else is built on.
 
-Floor 0: imports nothing of ours. A floor imports only lower floors (tests/test_house.py).
+Floor 0: imports nothing of ours. A floor imports only lower floors (tests/test_api.py).
 """
 
 from __future__ import annotations
