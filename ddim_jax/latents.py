@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddim_jax.predict import check_same_shape
+from ddim_jax.predict import check_same_shape, safe_sqrt
 from ddim_jax.types import Data
 
 Fraction = Float[Array, ""] | float
@@ -27,18 +27,26 @@ def slerp(a: Data, b: Data, fraction: Fraction) -> Data:
     """Spherical interpolation of two latents of any one shape, taken as flat vectors.
 
     fraction in [0, 1] goes from a to b along the arc between them; parallel or opposite vectors,
-    which have no single arc, are joined by a straight line. Source: eq. 67 (Shoemake 1985).
+    which have no single arc, are joined by a straight line, and so is a zero vector, which has no
+    direction. Source: eq. 67 (Shoemake 1985).
     """
     check_same_shape("b", b, a)
-    u, v = a.ravel().astype(jnp.float32), b.ravel().astype(jnp.float32)
-    cosine = jnp.vdot(u, v) / (jnp.linalg.norm(u) * jnp.linalg.norm(v))
-    angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
+    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    u, v = _norm(b.astype(dtype)) * a, _norm(a.astype(dtype)) * b
+    # Not the arccos of the cosine, which loses half the digits near 0 and pi: opposite vectors
+    # would miss the straight line and land anywhere.
+    angle = 2 * jnp.arctan2(_norm(u - v), _norm(u + v))
     sine = jnp.sin(angle)
     no_arc = sine < 1e-5
     safe = jnp.where(no_arc, 1.0, sine)
     weight_a = jnp.where(no_arc, 1 - fraction, jnp.sin((1 - fraction) * angle) / safe)
     weight_b = jnp.where(no_arc, fraction, jnp.sin(fraction * angle) / safe)
     return (weight_a * a + weight_b * b).astype(a.dtype)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """Euclidean norm over all axes, with gradient 0 at 0."""
+    return safe_sqrt(jnp.sum(jnp.square(x)))
 
 
 def interpolation_line(
