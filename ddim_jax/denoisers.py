@@ -8,11 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
-from ddim_jax.predict import expand_level, score_to_epsilon, v_to_epsilon, x0_to_epsilon
+from ddim_jax.predict import (
+    check_bounds,
+    clip_epsilon,
+    expand_level,
+    predict_noise,
+    score_to_epsilon,
+    v_to_epsilon,
+    x0_to_epsilon,
+)
 from ddim_jax.schedule import Schedule
-from ddim_jax.steps import clip_epsilon
 from ddim_jax.types import EpsFn, Level
 
 Prediction = Callable[[jax.Array, jax.Array], jax.Array]
@@ -40,8 +46,7 @@ def clip_x0(eps_fn: EpsFn, schedule: Schedule, low: float = -1.0, high: float = 
     The published DDIM never clips; its sigma-hat rows and Ho et al. 2020 do.
     Raises ValueError unless low < high.
     """
-    if not low < high:
-        raise ValueError(f"low must be below high; got low={low}, high={high}.")
+    check_bounds(low, high)
     return lambda x, t: clip_epsilon(eps_fn(x, t), x, schedule.alpha_bar(t), low, high)
 
 
@@ -53,8 +58,7 @@ def guided(cond_fn: EpsFn, uncond_fn: EpsFn, scale: Level) -> EpsFn:
     """
 
     def eps_fn(x: jax.Array, t: jax.Array) -> jax.Array:
-        uncond = uncond_fn(x, t)
-        guided_eps = uncond + expand_level(jnp.asarray(scale), x) * (cond_fn(x, t) - uncond)
-        return guided_eps.astype(x.dtype)
+        cond, uncond = predict_noise(cond_fn, x, t), predict_noise(uncond_fn, x, t)
+        return (uncond + expand_level(scale, x) * (cond - uncond)).astype(x.dtype)
 
     return eps_fn

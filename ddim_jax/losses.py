@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ddim_jax.keys import draw_noise, image_keys, typed_key
-from ddim_jax.predict import predict_noise
+from ddim_jax.keys import check_keys, draw_each, draw_noise, image_keys, typed_key
+from ddim_jax.predict import check_floating, predict_noise
 from ddim_jax.process import add_noise
 from ddim_jax.schedule import Schedule
 from ddim_jax.types import Data, EpsFn, PRNGKey
@@ -37,7 +37,12 @@ def eps_loss(
     """
     if norm not in get_args(Norm):
         raise ValueError(f"norm must be one of {get_args(Norm)}; got {norm!r}.")
-    t_key, eps_key = _split(typed_key(key))
+    check_floating("x0", x0)
+    if x0.ndim == 0:
+        raise ValueError("x0 must have a leading axis of examples; got a scalar.")
+    key = typed_key(key)
+    check_keys(key, x0)
+    t_key, eps_key = _split(key)
     if t is None:
         t = _draw_timesteps(t_key, x0.shape[0], schedule.num_steps)
     eps = draw_noise(eps_key, x0)
@@ -74,4 +79,4 @@ def _split(key: PRNGKey) -> tuple[PRNGKey, PRNGKey]:
 def _draw_timesteps(key: PRNGKey, batch_size: int, num_steps: int) -> Int[Array, "B"]:
     if key.ndim == 0:
         return jax.random.randint(key, (batch_size,), 0, num_steps)
-    return jax.vmap(lambda k: jax.random.randint(k, (), 0, num_steps))(key)
+    return draw_each(lambda k: jax.random.randint(k, (), 0, num_steps), key)

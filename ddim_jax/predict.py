@@ -48,13 +48,39 @@ def check_same_shape(name: str, array: jax.Array, x: jax.Array) -> None:
         )
 
 
+def check_floating(name: str, x: jax.Array) -> None:
+    """Raise ValueError unless `x`, called `name` in the message, is floating point."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must be floating point, data in [-1, 1]; got dtype {x.dtype}. "
+            "Grey levels 0..255 become x / 127.5 - 1."
+        )
+
+
+def check_bounds(low: float, high: float) -> None:
+    """Raise ValueError unless low < high."""
+    if not low < high:
+        raise ValueError(f"low must be below high; got low={low}, high={high}.")
+
+
 def safe_sqrt(value: Float[Array, "*level"]) -> Float[Array, "*level"]:
     """sqrt(max(value, 0)) with gradient 0 where it is 0, so that 0 * inf never makes a NaN."""
     empty = value <= 0
     return jnp.where(empty, 0.0, jnp.sqrt(jnp.where(empty, 1.0, value)))
 
 
+def noise_kept(alpha_bar_prev: Level, sigma: Level) -> Float[Array, "..."]:
+    """sqrt(1 - alpha_bar_prev - sigma^2), the factor of eps in eq. 7 and 12.
+
+    NaN where sigma^2 exceeds 1 - alpha_bar_prev: no process adds that much noise.
+    """
+    variance = 1 - as_level(alpha_bar_prev) - as_level(sigma) ** 2
+    # Below 0 by rounding alone when all noise is fresh.
+    return safe_sqrt(jnp.where(variance < -1e-6, jnp.nan, variance))
+
+
 def _signal_and_noise(alpha_bar: Level, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    check_floating("x_t", x)
     level = expand_level(alpha_bar, x)
     return safe_sqrt(level), safe_sqrt(1 - level)
 
@@ -133,6 +159,16 @@ def v_to_score(v: Data, x_t: Data, alpha_bar: Level) -> Data:
 def score_to_v(score: Data, x_t: Data, alpha_bar: Level) -> Data:
     """Velocity from the score of q(x_t)."""
     return epsilon_to_v(score_to_epsilon(score, x_t, alpha_bar), x_t, alpha_bar)
+
+
+def clip_epsilon(
+    eps: Data, x_t: Data, alpha_bar: Level, low: float = -1.0, high: float = 1.0
+) -> Data:
+    """The noise that agrees with x0_hat clipped to [low, high]; eps itself where nothing is cut."""
+    x0 = epsilon_to_x0(eps, x_t, alpha_bar)
+    clipped = jnp.clip(x0, low, high)
+    # Not re-derived where nothing was cut: the division by sqrt(1 - ab) would only add rounding.
+    return jnp.where(clipped == x0, eps, x0_to_epsilon(clipped, x_t, alpha_bar)).astype(eps.dtype)
 
 
 def predict_noise(eps_fn: EpsFn, x: jax.Array, t: jax.Array) -> jax.Array:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddim_jax.predict import as_level, check_same_shape, expand_level, safe_sqrt
+from ddim_jax.predict import (
+    as_level,
+    check_floating,
+    check_same_shape,
+    expand_level,
+    noise_kept,
+    safe_sqrt,
+)
 from ddim_jax.schedule import Schedule
 from ddim_jax.types import Data, Index, Level
 
@@ -17,6 +24,7 @@ def add_noise(schedule: Schedule, x0: Data, eps: Data, t: Index) -> Data:
     outside the schedule gives NaN. The result has x0's dtype.
     Source: Song et al. 2021 (arXiv:2010.02502), eq. 4.
     """
+    check_floating("x0", x0)
     check_same_shape("eps", eps, x0)
     alpha_bar = expand_level(schedule.alpha_bar(t), x0)
     return (safe_sqrt(alpha_bar) * x0 + safe_sqrt(1 - alpha_bar) * eps).astype(x0.dtype)
@@ -27,13 +35,14 @@ def posterior_mean(
 ) -> Data:
     """Mean of q_sigma(x_prev | x_t, x0) = N(mean, sigma^2 I), sigma^2 <= 1 - alpha_bar_prev.
 
-    Whatever sigma is, composing it with q(x_t | x0) gives the marginal q(x_prev | x0).
+    Whatever sigma is, composing it with q(x_t | x0) gives the marginal q(x_prev | x0); a sigma
+    above the bound, which no process has, gives NaN.
     Source: Song et al. 2021, eq. 7.
     """
     check_same_shape("x0", x0, x_t)
     ab, ab_prev = expand_level(alpha_bar, x_t), expand_level(alpha_bar_prev, x_t)
     sigma = expand_level(sigma, x_t)
-    direction = safe_sqrt(1 - ab_prev - sigma**2) / safe_sqrt(1 - ab)
+    direction = noise_kept(ab_prev, sigma) / safe_sqrt(1 - ab)
     return (safe_sqrt(ab_prev) * x0 + direction * (x_t - safe_sqrt(ab) * x0)).astype(x_t.dtype)
 
 

@@ -15,13 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ddim_jax.keys import draw_noise, typed_key
-from ddim_jax.predict import epsilon_to_x0, predict_noise
+from ddim_jax.keys import check_keys, draw_noise, typed_key
+from ddim_jax.predict import (
+    check_bounds,
+    check_floating,
+    clip_epsilon,
+    epsilon_to_x0,
+    predict_noise,
+)
 from ddim_jax.schedule import Schedule, check_timesteps
 from ddim_jax.steps import (
     Variance,
     check_eta,
-    clip_epsilon,
+    check_variance,
     ddim_step,
     ddim_step_clip_data,
     ddpm_step,
@@ -61,9 +67,12 @@ def ddim(eta: Level = 0.0, *, sigma_hat: bool | jax.Array = False) -> Sampler:
 
     `sigma_hat=True` takes the paper's sigma-hat steps instead (appendix D.3), whatever eta is. Both
     may be traced, so one compiled program serves every row of the paper's Table 1.
-    Raises ValueError for a known eta below 0. Source: Song et al. 2021, eq. 12 and 16.
+    Raises ValueError for a known eta below 0, and for a flag that is no scalar.
+    Source: Song et al. 2021, eq. 12 and 16.
     """
     check_eta(eta)
+    if jnp.ndim(sigma_hat) != 0:
+        raise ValueError(f"sigma_hat must be one flag; got shape {jnp.shape(sigma_hat)}.")
     known_flag = not is_traced(sigma_hat)
     never, always = known_flag and not sigma_hat, known_flag and bool(sigma_hat)
     deterministic = never and is_zero(eta)
@@ -95,6 +104,7 @@ def ddpm(variance: Variance = "fixed_small") -> Sampler:
 
     Ho et al. clip x0_hat to [-1, 1]; here that is a wrapper: `clip_x0(eps_fn, schedule)`.
     """
+    check_variance(variance)
 
     def step(key, state, eps_fn, schedule, t, t_prev):
         ab, ab_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
@@ -109,6 +119,7 @@ def ddpm(variance: Variance = "fixed_small") -> Sampler:
 def ddim_clip_data(eta: Level = 0.0, *, low: float = -1.0, high: float = 1.0) -> Sampler:
     """DDIM as diffusers runs it with `clip_sample`: x0_hat clipped, eps kept (not eq. 12)."""
     check_eta(eta)
+    check_bounds(low, high)
 
     def step(key, state, eps_fn, schedule, t, t_prev):
         ab, ab_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
@@ -159,7 +170,7 @@ def sample_trajectory(
 
 
 def _scan(key, eps_fn, schedule, x_T, timesteps, sampler, output):
-    _check_floating("x_T", x_T)
+    check_floating("x_T", x_T)
     timesteps = check_timesteps(timesteps, schedule.num_steps)
     keys = _step_keys(key, x_T, timesteps.shape[0])
     t_prev = jnp.append(timesteps[1:], -1)  # -1 is clean data
@@ -179,7 +190,7 @@ def encode(eps_fn: EpsFn, schedule: Schedule, x_0: Data, timesteps: Timesteps) -
     data's index: the first step evaluates it at the lowest index of the list. The error of encoding
     then decoding falls as the list gets longer (section 5.4, Table 2).
     """
-    _check_floating("x_0", x_0)
+    check_floating("x_0", x_0)
     ascending = check_timesteps(timesteps, schedule.num_steps)[::-1]
     t_from = jnp.append(-1, ascending[:-1])
 
@@ -197,15 +208,7 @@ def _step_keys(key: PRNGKey | None, x: jax.Array, num_steps: int) -> PRNGKey | N
     if key is None:
         return None
     key = typed_key(key)
+    check_keys(key, x)
     if key.ndim == 0:
         return jax.random.split(key, num_steps)
-    if key.shape != x.shape[:1]:
-        raise ValueError(
-            f"key must be one key, or one for each of the {x.shape[:1]} images; got {key.shape}."
-        )
     return jax.vmap(lambda k: jax.random.split(k, num_steps), out_axes=1)(key)
-
-
-def _check_floating(name: str, x: jax.Array) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} must be floating point, data in [-1, 1]; got dtype {x.dtype}.")

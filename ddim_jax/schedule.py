@@ -56,14 +56,16 @@ def _as_index(t: Index) -> Int[Array, "*index"]:
     t = jnp.asarray(t)
     if not jnp.issubdtype(t.dtype, jnp.integer):
         raise ValueError(f"t must be integer indices into the schedule; got dtype {t.dtype}.")
-    return t
+    # Among unsigned integers -1 would wrap: uint8 index 255 is not clean data.
+    return t.astype(jnp.promote_types(t.dtype, jnp.int32))
 
 
 def schedule_from_betas(betas: Sequence[float] | np.ndarray | Float[Array, "T"]) -> Schedule:
     """Schedule with DDPM's per-step variances `betas`, shape (T,), each in (0, 1).
 
     The product is taken in float64 on the host and cast to float32 once.
-    Raises ValueError for another rank, an empty array or a value outside (0, 1).
+    Raises ValueError for another rank, an empty array, a value outside (0, 1), or betas so small or
+    so many that float32 cannot tell two levels, or a level from 0 or 1, apart.
     Source: Ho et al. 2020 (arXiv:2006.11239), section 2.
     """
     betas = np.asarray(betas, np.float64)
@@ -73,7 +75,15 @@ def schedule_from_betas(betas: Sequence[float] | np.ndarray | Float[Array, "T"])
         raise ValueError(
             f"betas must lie in (0, 1); got values from {betas.min():g} to {betas.max():g}."
         )
-    return Schedule(jnp.asarray(np.cumprod(1.0 - betas), jnp.float32))
+    alphas_cumprod = np.cumprod(1.0 - betas).astype(np.float32)
+    levels = np.concatenate([[1.0], alphas_cumprod])
+    if not (np.all(np.diff(levels) < 0) and levels[-1] >= np.finfo(np.float32).tiny):
+        raise ValueError(
+            "betas must give levels alpha_bar that fall strictly from 1 towards 0 in float32; "
+            f"got {_preview(levels)}. Betas below 6e-8 do not move alpha_bar; too many near 1 "
+            "exhaust it: use fewer steps."
+        )
+    return Schedule(jnp.asarray(alphas_cumprod))
 
 
 def linear_schedule(
@@ -95,6 +105,10 @@ def scaled_linear_schedule(
     Source: Rombach et al. 2022 (arXiv:2112.10752), their released configurations.
     """
     _check_num_steps(num_steps)
+    if not (beta_start > 0 and beta_end > 0):
+        raise ValueError(
+            f"beta_start and beta_end must lie in (0, 1); got {beta_start} and {beta_end}."
+        )
     roots = np.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=np.float64)
     return schedule_from_betas(roots**2)
 
@@ -132,10 +146,10 @@ def ddim_timesteps(
     Raises ValueError unless 1 <= num_sample_steps <= num_steps and the spacing is one of these.
     Source: Song et al. 2021, appendix D.2; the last two are other tools' habits.
     """
-    if not 1 <= num_sample_steps <= num_steps:
+    if num_sample_steps not in range(1, num_steps + 1):
         raise ValueError(
-            f"num_sample_steps must be in [1, {num_steps}], the length of the trained schedule; "
-            f"got {num_sample_steps}."
+            f"num_sample_steps must be an integer in [1, {num_steps}], the length of the trained "
+            f"schedule; got {num_sample_steps}."
         )
     i = np.arange(num_sample_steps)
     match spacing:
@@ -161,14 +175,14 @@ def check_timesteps(
     A repeated index is allowed. Values that are traced cannot be checked; an index outside the
     schedule then gives NaN samples. Raises ValueError for anything else that breaks the rule.
     """
-    if is_traced(timesteps):
-        return jnp.asarray(timesteps, jnp.int32)
-    indices = np.asarray(timesteps)
-    if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
+    indices = jnp.asarray(timesteps) if is_traced(timesteps) else np.asarray(timesteps)
+    if indices.ndim != 1 or indices.size == 0 or not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(
             "timesteps must be a non-empty vector of integers, such as ddim_timesteps gives; "
             f"got shape {indices.shape} and dtype {indices.dtype}."
         )
+    if isinstance(indices, jax.Array):
+        return indices.astype(jnp.int32)
     if np.any(np.diff(indices) > 0):
         raise ValueError(
             "timesteps must descend, from the noisiest index to the cleanest; "

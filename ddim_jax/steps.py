@@ -16,11 +16,13 @@ from jaxtyping import Array, Float
 
 from ddim_jax.predict import (
     as_level,
+    check_bounds,
     check_same_shape,
+    clip_epsilon,
     epsilon_to_x0,
     expand_level,
+    noise_kept,
     safe_sqrt,
-    x0_to_epsilon,
 )
 from ddim_jax.types import Data, Level, is_traced
 
@@ -91,6 +93,7 @@ def ddim_step_clip_data(
     No longer eq. 12, since the two predictions disagree; offered to reproduce that tool's images.
     To clip consistently, wrap the network in `clip_x0`, which re-derives eps.
     """
+    check_bounds(low, high)
     x0 = jnp.clip(epsilon_to_x0(eps, x_t, alpha_bar), low, high)
     sigma = ddim_sigma(alpha_bar, alpha_bar_prev, eta)
     _check_noise(eta, noise)
@@ -112,8 +115,7 @@ def ddpm_step(
     1 - alpha_bar / alpha_bar_prev; the step to clean data adds none.
     Source: Ho et al. 2020 (arXiv:2006.11239), algorithm 2 and section 3.2.
     """
-    if variance not in get_args(Variance):
-        raise ValueError(f"variance must be one of {get_args(Variance)}; got {variance!r}.")
+    check_variance(variance)
     small = ddim_sigma(alpha_bar, alpha_bar_prev, 1.0)
     std = small if variance == "fixed_small" else ddim_sigma_hat(alpha_bar, alpha_bar_prev)
     x0 = epsilon_to_x0(eps, x_t, alpha_bar)
@@ -131,23 +133,10 @@ def sigma_hat_step(
     return ddpm_step(x_t, eps, alpha_bar, alpha_bar_prev, noise=noise, variance="fixed_large")
 
 
-def clip_epsilon(
-    eps: Data, x_t: Data, alpha_bar: Level, low: float = -1.0, high: float = 1.0
-) -> Data:
-    """The noise that agrees with x0_hat clipped to [low, high]; eps itself where nothing is cut."""
-    x0 = epsilon_to_x0(eps, x_t, alpha_bar)
-    clipped = jnp.clip(x0, low, high)
-    # Not re-derived where nothing was cut: the division by sqrt(1 - ab) would only add rounding.
-    return jnp.where(clipped == x0, eps, x0_to_epsilon(clipped, x_t, alpha_bar)).astype(eps.dtype)
-
-
 def _towards(x0: Data, eps: Data, alpha_bar_prev: Level, sigma: Float[Array, "..."]) -> jax.Array:
     """Eq. 12 without its noise."""
     ab_prev, sigma = expand_level(alpha_bar_prev, x0), expand_level(sigma, x0)
-    direction = 1 - ab_prev - sigma**2
-    # Below 0 by rounding at eta = 1; by more than that, no process has this sigma.
-    direction = jnp.where(direction < -1e-6, jnp.nan, direction)
-    return safe_sqrt(ab_prev) * x0 + safe_sqrt(direction) * eps
+    return safe_sqrt(ab_prev) * x0 + noise_kept(ab_prev, sigma) * eps
 
 
 def _add(mean: jax.Array, std: Float[Array, "..."], noise: Data | None) -> jax.Array:
@@ -163,6 +152,12 @@ def _check_noise(eta: Level, noise: Data | None) -> None:
             f"noise must be given when eta is not 0; got eta={eta} and noise=None. "
             "Pass jax.random.normal(key, x_t.shape), or eta=0.0."
         )
+
+
+def check_variance(variance: str) -> None:
+    """Raise ValueError unless `variance` is one of DDPM's two."""
+    if variance not in get_args(Variance):
+        raise ValueError(f"variance must be one of {get_args(Variance)}; got {variance!r}.")
 
 
 def is_zero(eta: Level) -> bool:
