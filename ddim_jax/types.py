@@ -5,7 +5,7 @@ Floor 0: imports nothing of ours. A floor imports only lower floors (tests/test_
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ PRNGKey: TypeAlias = Key[Array, "*keys"] | UInt32[Array, "*keys 2"]
 """One key, or a leading axis of keys, one for each image. Old-style uint32 keys work too."""
 
 
+@runtime_checkable  # so that the shape checks of the tests can meet it
 class EpsFn(Protocol):
     """Predicts the noise in x at index t; a network is one example, a closed form another.
 
