@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import jax
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Float, Integer, Key, UInt32
 
 Data: TypeAlias = Float[Array, "*shape"]
 """Data, noise or a state: any shape at all, images are (..., H, W, C) in [-1, 1]."""
@@ -18,7 +18,7 @@ Data: TypeAlias = Float[Array, "*shape"]
 Level: TypeAlias = Float[Array, "*level"] | Float[np.ndarray, "*level"] | np.floating | float
 """A noise level alpha_bar in (0, 1]: a scalar, or an array over the data's leading axes."""
 
-Index: TypeAlias = Int[Array, "*index"] | Int[np.ndarray, "*index"] | np.integer | int
+Index: TypeAlias = Integer[Array, "*index"] | Integer[np.ndarray, "*index"] | np.integer | int
 """A time index t in [-1, T - 1]; -1 is clean data."""
 
 PRNGKey: TypeAlias = Key[Array, "*keys"] | UInt32[Array, "*keys 2"]
