@@ -69,7 +69,7 @@ def update_moments(moments: FeatureMoments, features: Features) -> FeatureMoment
 
 
 def merge_moments(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
-    """Moments of the two sets together. Source: Chan, Golub, LeVeque 1979, eq. 2.1."""
+    """Moments of the two sets together. Source: Chan, Golub, LeVeque 1979."""
     count = a.count + b.count
     if count == 0:
         return a
