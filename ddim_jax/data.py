@@ -30,14 +30,14 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
-from jaxtyping import Array, Float, Int, Shaped, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 Example: TypeAlias = dict[str, np.ndarray]
 """One example or one batch: "image" uint8 (..., H, W, C) and, where there are classes, "label"."""
@@ -46,6 +46,7 @@ MAX_BYTES_IN_MEMORY = 3 * 2**29
 """Sets of at most this many bytes once decoded, 1.5 GiB, are held in memory."""
 
 
+@runtime_checkable
 class ImageSource(Protocol):
     """Random access to images of one size; pickles, so that worker processes can hold it."""
 
@@ -70,8 +71,9 @@ class ImageSource(Protocol):
 def to_model_range(
     image: UInt8[Array, "*shape"] | UInt8[np.ndarray, "*shape"],
 ) -> Float[Array, "*shape"]:
-    """The float32 images in [-1, 1] of uint8 ones: 2 x / 255 - 1, no dequantisation."""
-    return jnp.asarray(image, jnp.float32) * (2 / 255) - 1
+    """The float32 images in [-1, 1] of uint8 ones: x / 127.5 - 1, no dequantisation."""
+    # A sum of whole numbers, then one product: the ends are exact and jit changes no bit.
+    return (2 * jnp.asarray(image, jnp.float32) - 255) * (1 / 255)
 
 
 def to_uint8(x: Float[Array, "*shape"] | Float[np.ndarray, "*shape"]) -> UInt8[Array, "*shape"]:
@@ -120,6 +122,7 @@ def batches(
     `batch_size` is global; shard k of n gets rows [k B/n, (k + 1) B/n) of it, so the shards
     together give the same batch whatever n is (one shard for each process: jax.process_index()).
     Sources outside memory are decoded by grain, in `num_workers` processes, or in threads if 0.
+    The same arguments give the same batches, so a run goes on from its step count alone.
     """
     if len(source) == 0:
         raise ValueError(f"source must have at least one image; {source.name} is empty.")
@@ -139,39 +142,45 @@ def batches(
     rows = range(shard_index * (batch_size // shard_count), batch_size)[: batch_size // shard_count]
     stream = _Stream(source, batch_size, seed, start_step, rows)
     if isinstance(source, ArraySource):
-        return (source.take(stream.indices(step)) for step in itertools.count())
+        return map(stream.__getitem__, itertools.count())
     return _decoded_batches(stream, num_workers)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stream:
-    """The examples one shard sees, numbered from 0 at start_step; what grain's workers index."""
+    """One shard's batches, numbered from 0 at start_step."""
 
     source: ImageSource
-    batch_size: int
+    batch_size: int  # of all shards together
     seed: int
     start_step: int
-    rows: range  # of each global batch
-
-    def indices(self, step: int) -> np.ndarray:
-        positions = (self.start_step + step) * self.batch_size + np.asarray(self.rows)
-        return shuffled_indices(len(self.source), self.seed, positions)
+    rows: range  # this shard's, of each batch
 
     def __len__(self) -> int:
         return sys.maxsize  # endless
 
-    def __getitem__(self, number: int) -> Example:
-        step, row = divmod(number, len(self.rows))
-        position = (self.start_step + step) * self.batch_size + self.rows[row]
-        index = shuffled_indices(len(self.source), self.seed, np.array([position]))
-        return self.source[int(index[0])]
+    def __getitem__(self, step: int) -> Example:
+        positions = (self.start_step + step) * self.batch_size + np.asarray(self.rows)
+        indices = shuffled_indices(len(self.source), self.seed, positions)
+        if isinstance(self.source, ArraySource):
+            return self.source.take(indices)
+        return _stacked([self.source[int(index)] for index in indices])
+
+
+def _stacked(examples: list[Example]) -> Example:
+    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
 def _decoded_batches(stream: _Stream, num_workers: int) -> Iterator[Example]:
+    # Grain deals its items out to processes and puts them together in order, so its items must be
+    # whole batches: batching after the deal would mix the order.
     grain = _import_extra("grain", "to stream images that do not fit in memory")
-    examples = grain.MapDataset.source(stream)
-    dataset = examples.to_iter_dataset().batch(len(stream.rows))
+    ahead = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
+    dataset = grain.MapDataset.source(stream).to_iter_dataset(ahead)
     if num_workers:
+        flags = importlib.import_module("absl.flags").FLAGS
+        if not flags.is_parsed():  # grain's processes read flags, and need no absl.app otherwise
+            flags.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return iter(dataset)
 
@@ -180,18 +189,20 @@ def sequential_batches(source: ImageSource, batch_size: int) -> Iterator[Example
     """Every image once, in the source's order; the last batch may be smaller. For statistics."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-    starts = range(0, len(source), batch_size)
-    spans = [range(start, min(start + batch_size, len(source))) for start in starts]
+    spans = _spans(len(source), batch_size)
     if isinstance(source, ArraySource):
         return (source.take(np.asarray(span)) for span in spans)
     return _decoded_spans(source, spans)
 
 
+def _spans(length: int, size: int) -> list[range]:
+    return [range(length)[start : start + size] for start in range(0, length, size)]
+
+
 def _decoded_spans(source: ImageSource, spans: Sequence[range]) -> Iterator[Example]:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for span in spans:
-            examples = list(pool.map(source.__getitem__, span))
-            yield {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+            yield _stacked(list(pool.map(source.__getitem__, span)))
 
 
 HostBatch = TypeVar("HostBatch")
@@ -223,8 +234,9 @@ def prefetch_to_device(
 class ArraySource:
     """Images in memory: uint8 (N, H, W, C) with C in 1..4, and one label below num_classes each."""
 
-    images: Shaped[np.ndarray, "..."]
-    labels: Shaped[np.ndarray, "..."] | None = None
+    # Checked below, for users too; so no shape here, which only tests would check, and earlier.
+    images: np.ndarray
+    labels: np.ndarray | None = None
     name: str = "array"
     num_classes: int | None = None
 
@@ -247,6 +259,14 @@ class ArraySource:
             raise ValueError(
                 f"labels must be integers of shape ({len(images)},), one for each image; "
                 f"{self.name} has {labels.dtype} of shape {labels.shape}."
+            )
+        if (labels is None) != (self.num_classes is None) or (
+            labels is not None and not 0 <= labels.min() <= labels.max() < self.num_classes
+        ):
+            span = "none" if labels is None else f"{labels.min()} to {labels.max()}"
+            raise ValueError(
+                f"labels must lie in [0, num_classes), and both or none be given; {self.name} has "
+                f"labels {span} and num_classes {self.num_classes}."
             )
 
     @property
@@ -328,7 +348,9 @@ def _opened(file: str | io.BytesIO, name: str) -> Iterator[PIL.Image.Image]:
 
 def _pixels(image: PIL.Image.Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "H W C"]:
     height, width, channels = shape
-    image = image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode != mode:
+        image = image.convert(mode)
     if image.size != (width, height):
         image = resize_and_crop(image, height)
     return np.asarray(image).reshape(shape)
@@ -399,14 +421,16 @@ def _decoded(source: ImageSource) -> ArraySource:
     images = np.empty((len(source), *source.image_shape), np.uint8)
     labels = None if source.num_classes is None else np.empty(len(source), np.int32)
 
-    def decode(index: int) -> None:
-        example = source[index]
-        images[index] = example["image"]
-        if labels is not None:
-            labels[index] = example["label"]
+    def decode(span: range) -> None:
+        for index in span:
+            example = source[index]
+            images[index] = example["image"]
+            if labels is not None:
+                labels[index] = example["label"]
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        collections.deque(pool.map(decode, range(len(source))), maxlen=0)
+        for _ in pool.map(decode, _spans(len(source), 256)):
+            pass  # an error of a thread is raised here
     return ArraySource(images, labels, source.name, source.num_classes)
 
 
@@ -441,27 +465,36 @@ def _npz(path: pathlib.Path, split: str) -> ArraySource:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the path of a .npz file of uint8 images.")
     try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("not a whole zip archive")
         with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+            images = _first(file, ("images", "x", "arr_0"))
+            labels = _first(file, ("labels", "y", "arr_1"))
+            names = file.files
+    # What numpy raises for truncated, damaged and pickled content.
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
-            f"{path} cannot be read as a .npz file ({error}). Write it again with "
-            "np.savez(path, images=images); a broken copy must be copied again."
+            f"{path} cannot be read as a .npz file of plain arrays ({error}). Copy it again, or "
+            "write it with np.savez(path, images=images)."
         ) from error
-    images = next((arrays[key] for key in ("images", "x", "arr_0") if key in arrays), None)
-    labels = next((arrays[key] for key in ("labels", "y", "arr_1") if key in arrays), None)
     if images is None:
         raise ValueError(
-            f'{path} must hold the images under "images", "x" or "arr_0"; it has {sorted(arrays)}. '
+            f'{path} must hold the images under "images", "x" or "arr_0"; it has {names}. '
             "Write it with np.savez(path, images=images)."
         )
-    num_classes = None if labels is None or not labels.size else int(labels.max()) + 1
-    return ArraySource(
-        images[..., None] if images.ndim == 3 else images, labels, str(path), num_classes
-    )
+    if images.ndim == 3:
+        images = images[..., None]
+    num_classes = None if labels is None else int(labels.max(initial=0)) + 1
+    return ArraySource(images, labels, str(path), num_classes)
+
+
+def _first(arrays: np.lib.npyio.NpzFile, names: Sequence[str]) -> np.ndarray | None:
+    return next((arrays[name] for name in names if name in arrays), None)
 
 
 # A folder
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 
 
 class _Header(NamedTuple):
@@ -471,23 +504,25 @@ class _Header(NamedTuple):
 
 def _header(path: str) -> _Header:
     with _opened(path, path) as image:
-        width, height = image.size
-        sideways = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
-        return _Header((height, width) if sideways else (width, height), image.mode)
+        if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) > 1:
+            image = PIL.ImageOps.exif_transpose(image)
+        return _Header(image.size, image.mode)
 
 
 def _folder(path: pathlib.Path, split: str, image_size: int | None) -> FolderSource:
     _check_split(split, ("train",), f"the folder {path}")
-    suffixes = PIL.Image.registered_extensions()
+    files = (file.relative_to(path) for file in path.rglob("*"))
     relative = sorted(
-        file.relative_to(path)
-        for file in path.rglob("*")
-        if file.suffix.lower() in suffixes and not file.name.startswith(".")
+        file
+        for file in files
+        if file.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in file.parts)
     )
     paths = tuple(str(path / file) for file in relative)
     if not paths:
         raise ValueError(
-            f"{path} has no image in it or below it. Put .png, .jpg or other image files there."
+            f"{path} has no image in it or below it. Files that count end in "
+            f"{' '.join(IMAGE_SUFFIXES)}, and neither they nor their folders start with a dot."
         )
     with concurrent.futures.ThreadPoolExecutor() as pool:
         headers = list(pool.map(_header, paths))
@@ -569,6 +604,8 @@ def _tfds(
             "Write what you need of it to a folder or .npz of images."
         )
     _check_split(re.split(r"[\[+]", split)[0], builder.info.splits, name)
+    if builder.info.splits[split].num_examples == 0:
+        raise ValueError(f"split must have at least one image; {split!r} of {name} has none.")
     try:
         records = builder.as_data_source(
             split, decoders={key: tfds.decode.SkipDecoding() for key in images}
