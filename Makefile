@@ -1,0 +1,42 @@
+# Every target sets itself up: a fresh clone needs only Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0),,cpu)
+
+.PHONY: help setup demo test test-slow check format clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/installed  ## create .venv and install everything the scripts and tests need
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[experiments,dev]'
+	touch $@
+
+demo: setup  ## train on handwritten digits, sample with DDIM and DDPM, show the paper's claim
+	$(RUN) experiments/demo.py --out out/demo
+
+test: setup  ## the fast tests, shapes and types checked at run time
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -q -n 2 -m "not slow" \
+	  --jaxtyping-packages=ddim_jax,beartype.beartype
+
+test-slow: setup  ## the tests that take minutes: full-size networks, kill and resume
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -q -m slow \
+	  --jaxtyping-packages=ddim_jax,beartype.beartype
+
+check: setup  ## what CI promises: format, lint, types, fast tests
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+	$(MAKE) test
+
+format: setup  ## let ruff format and sort
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean:  ## remove what the demo and the tests made
+	rm -rf out .pytest_cache .ruff_cache .hypothesis

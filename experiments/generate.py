@@ -1,0 +1,76 @@
+"""Drawing images from a network, on all devices, image i from (seed, i) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt8
+from workdir import Network
+
+from ddim_jax.data import to_uint8
+from ddim_jax.keys import initial_noise
+from ddim_jax.parallel import over_devices
+from ddim_jax.samplers import Sampler, Timesteps, ddim, sample
+
+SamplerFn = Callable[..., Sampler]
+"""(*values) -> Sampler; the values may be traced, so that one program serves all of them."""
+
+
+def image_program(
+    network: Network, timesteps: Timesteps, make_sampler: SamplerFn = lambda: ddim()
+) -> Callable[..., UInt8[Array, "B H W C"]]:
+    """A compiled program (params, indices, seed, *values) -> uint8 images of these indices.
+
+    One compilation for each batch size serves all weights, seeds and values, such as eta.
+    """
+
+    def draw(everywhere, indices):
+        params, seed, values = everywhere
+        x_T, keys = initial_noise(jax.random.key(seed), indices, network.image_shape)
+        classes = network.model.num_classes
+        eps_fn = network.eps_fn(params, None if classes is None else indices % classes)
+        x_0 = sample(keys, eps_fn, network.schedule, x_T, timesteps, make_sampler(*values))
+        return to_uint8(x_0)
+
+    program = over_devices(draw)
+    return lambda params, indices, seed, *values: program((params, seed, values), indices)
+
+
+def image_batches(
+    program: Callable[..., Any],
+    params: Any,
+    num_images: int,
+    batch_size: int,
+    seed: int,
+    *values: Any,
+) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
+    """Images 0 .. num_images - 1 of a program, in batches; the last one is cut, none is dropped.
+
+    A batch is rounded up to a multiple of the devices. One batch computes while the one before is
+    handed out.
+    """
+    devices = jax.local_device_count()
+    batch_size = -(-min(batch_size, num_images) // devices) * devices
+    waiting = None
+    for start in range(0, num_images, batch_size):
+        images = program(params, jnp.arange(start, start + batch_size), seed, *values)
+        if waiting is not None:
+            yield np.asarray(waiting)
+        waiting = images[: num_images - start]
+    yield np.asarray(waiting)
+
+
+def images(
+    program: Callable[..., Any],
+    params: Any,
+    num_images: int,
+    batch_size: int,
+    seed: int,
+    *values: Any,
+) -> UInt8[np.ndarray, "B H W C"]:
+    """All of `image_batches` as one array."""
+    return np.concatenate([*image_batches(program, params, num_images, batch_size, seed, *values)])

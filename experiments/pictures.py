@@ -1,0 +1,46 @@
+"""Grids and strips of images, as PNG files a person can see."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import PIL.Image
+from jaxtyping import UInt8
+
+
+def tile(
+    images: UInt8[np.ndarray, "N H W C"], columns: int, gap: int = 1, background: int = 255
+) -> UInt8[np.ndarray, "height width C"]:
+    """The images as one picture, row by row, with `gap` pixels between them."""
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    canvas = np.full(
+        (rows * (height + gap) - gap, columns * (width + gap) - gap, channels), background, np.uint8
+    )
+    for i, image in enumerate(images):
+        y, x = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[y : y + height, x : x + width] = image
+    return canvas
+
+
+def enlarge(
+    picture: UInt8[np.ndarray, "H W C"], shortest: int = 256
+) -> UInt8[np.ndarray, "height width C"]:
+    """The picture with each pixel repeated, so that its shorter side has `shortest` or more."""
+    factor = max(1, -(-shortest // min(picture.shape[:2])))
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def save_png(path: pathlib.Path, picture: UInt8[np.ndarray, "H W C"]) -> None:
+    """Write a grey (C = 1) or colour (C = 3) picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path)
+
+
+def save_grid(
+    path: pathlib.Path, images: UInt8[np.ndarray, "N H W C"], columns: int | None = None
+) -> None:
+    """Write the images as one grid, as square as can be unless told otherwise."""
+    columns = columns or max(1, round(len(images) ** 0.5))
+    save_png(path, enlarge(tile(images, columns)))

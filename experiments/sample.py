@@ -1,0 +1,85 @@
+"""Draw images from a trained or converted model.
+
+python experiments/sample.py --workdir runs/digits --num-sample-steps 50 --out out/samples
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+
+import cli
+import generate
+import numpy as np
+import pictures
+from workdir import Weights, load_trained
+
+from ddim_jax.samplers import ddim
+from ddim_jax.schedule import Spacing, ddim_timesteps
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Images from one model with one setting of the sampler."""
+
+    workdir: str
+    """The model: a folder that train.py or convert.py wrote."""
+    out: str
+    """Where the images go: grid.png and one PNG for each image."""
+    num_images: int = 64
+    """How many images."""
+    num_sample_steps: int = 50
+    """S, the number of network evaluations for each image."""
+    eta: float = 0.0
+    """0 is DDIM, 1 is DDPM (eq. 16)."""
+    sigma_hat: bool = False
+    """DDPM's larger variance instead (appendix D.3)."""
+    spacing: Spacing | None = None
+    """Sub-sequence of time indices; the model's own if not given."""
+    seed: int = 0
+    """Image i depends on (seed, i) alone."""
+    batch_size: int = 256
+    """Images drawn at once."""
+    weights: Weights = "ema"
+    """The averaged weights, or the raw ones."""
+    save_npz: bool = False
+    """Also write samples.npz, uint8 (N, H, W, C) under "images"."""
+
+
+def main(config: SampleConfig) -> None:
+    """Draw the images and write them."""
+    for name in ("num_images", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")
+    ddim(config.eta)  # refuses a negative eta before anything is loaded
+    trained = load_trained(config.workdir, config.weights)
+    network = trained.network
+    spacing = config.spacing or network.spacing
+    timesteps = ddim_timesteps(network.schedule.num_steps, config.num_sample_steps, spacing)
+    program = generate.image_program(
+        network, timesteps, lambda: ddim(config.eta, sigma_hat=config.sigma_hat)
+    )
+    started = time.monotonic()
+    images = generate.images(
+        program, trained.params, config.num_images, config.batch_size, config.seed
+    )
+    seconds = time.monotonic() - started
+
+    out = pathlib.Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures.save_grid(out / "grid.png", images)
+    for i, image in enumerate(images):
+        pictures.save_png(out / f"{i:05d}.png", image)
+    if config.save_npz:
+        np.savez(out / "samples.npz", images=images)
+    rule = "sigma-hat" if config.sigma_hat else f"eta {config.eta:g}"
+    print(
+        f"{len(images)} images in {out}: {config.weights} weights of step {trained.step}, "
+        f"S = {config.num_sample_steps} {spacing}, {rule}, seed {config.seed}, "
+        f"{seconds:.1f} s with compilation"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, SampleConfig)

@@ -1,0 +1,148 @@
+"""A workdir: config.json beside checkpoints/, written by train.py or convert.py, read by the rest.
+
+config.json holds what a network is sampled with ("model", "schedule", "spacing", "image_shape") and
+how it came about. Sampling options are arguments of the scripts and never stored with weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from presets import ModelConfig, ScheduleConfig
+
+from ddim_jax.checkpoint import Checkpointer
+from ddim_jax.schedule import Schedule, Spacing
+from ddim_jax.types import EpsFn
+from ddim_jax.unet import UNet
+
+Weights = Literal["ema", "raw"]
+
+MAY_CHANGE = frozenset(
+    {
+        "workdir",
+        "data_dir",
+        "num_workers",
+        "max_steps",
+        "num_microbatches",
+        "max_seconds",
+        "log_every",
+        "sample_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "distributed",
+    }
+)
+"""Settings that a resumed run may give anew; all others decide its result."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What a workdir's config.json describes: a network without its weights."""
+
+    model: UNet
+    schedule: Schedule
+    image_shape: tuple[int, int, int]
+    spacing: Spacing
+
+    def eps_fn(self, params: Any, label: jax.Array | None = None) -> EpsFn:
+        """The network as an `EpsFn`; `params` is an argument so that jit need not bake it in."""
+        labels = () if label is None else (label,)
+        return lambda x, t: self.model.apply({"params": params}, x, t, *labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A network with weights, and where they come from."""
+
+    network: Network
+    params: Any
+    step: int
+    weights: Weights
+
+    def weights_hash(self) -> str:
+        """SHA-256 of the weights, its first 16 digits: the same weights have the same one."""
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Write config.json, or raise ValueError if the one there is of another run."""
+    path = workdir / "config.json"
+    wanted = json.loads(json.dumps(config))  # tuples become lists, as they do in the file
+    if path.exists():
+        there = read_config(workdir)
+        differ = [
+            f"{key} is {there.get(key)!r} there and {wanted.get(key)!r} now"
+            for key in sorted(there.keys() | wanted.keys())
+            if key not in MAY_CHANGE and there.get(key) != wanted.get(key)
+        ]
+        if differ:
+            raise ValueError(
+                f"workdir {workdir} holds a run of another configuration: {'; '.join(differ)}. "
+                "Give the same settings to resume it, or another workdir."
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(wanted, indent=2) + "\n")
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """The content of config.json."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"workdir {workdir} has no config.json, so it is not a trained or converted model; "
+            "make one with experiments/train.py or experiments/convert.py."
+        )
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); restore it or train anew.") from error
+
+
+def checkpoints(workdir: pathlib.Path, keep: int = 3) -> Checkpointer:
+    """The checkpoints of a workdir."""
+    return Checkpointer(workdir / "checkpoints", keep=keep)
+
+
+def load_network(workdir: str | pathlib.Path) -> Network:
+    """The network that a workdir's config.json describes."""
+    config = read_config(pathlib.Path(workdir))
+    image_shape = tuple(config["image_shape"])
+    return Network(
+        model=ModelConfig(**_tuples(config["model"])).make(image_shape[-1]),
+        schedule=ScheduleConfig(**config["schedule"]).make(),
+        image_shape=image_shape,
+        spacing=config["spacing"],
+    )
+
+
+def load_trained(
+    workdir: str | pathlib.Path, weights: Weights = "ema", step: int | None = None
+) -> Trained:
+    """The network of a workdir with its averaged weights (or the raw ones), newest step first."""
+    network = load_network(workdir)
+    label = None if network.model.num_classes is None else 0
+    shapes = jax.eval_shape(
+        lambda key: network.model.init(key, jnp.zeros(network.image_shape), 0, label),
+        jax.random.key(0),
+    )["params"]
+    name = "ema_params" if weights == "ema" else "params"
+    with checkpoints(pathlib.Path(workdir)) as checkpointer:
+        params = checkpointer.restore({name: shapes}, step, partial=True)[name]
+        step = checkpointer.latest_step() if step is None else step
+    return Trained(network, params, step or 0, weights)
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
