@@ -1,0 +1,250 @@
+"""The variational bound J_sigma on -log p(x0), term by term, in bits per dimension.
+
+A process q_sigma (eq. 7) noises the data, the model p is q_sigma with x0 predicted, and
+
+    J = KL(q(x_T | x0) || N(0, I))                                     prior
+      + sum over steps of E KL(q(x_prev | x_t, x0) || p(x_prev | x_t))    steps
+      + E[-log p(x0 | x_t)], t the last index                         decoder
+
+A std sigma for each step of a sub-sequence chooses the process: `process_sigmas` gives those of the
+paper's eta. Deterministic DDIM, sigma = 0, has no finite bound.
+Source: Song, Meng, Ermon 2021, eq. 11 and theorem 1; Ho et al. 2020, eq. 5 and section 3.3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ddim_jax.keys import draw_noise, typed_key
+from ddim_jax.predict import (
+    check_floating,
+    check_same_shape,
+    epsilon_to_x0,
+    expand_level,
+    noise_kept,
+    predict_noise,
+)
+from ddim_jax.process import add_noise, posterior_mean
+from ddim_jax.samplers import Timesteps
+from ddim_jax.schedule import Schedule, check_timesteps
+from ddim_jax.steps import check_eta, ddim_sigma, ddim_sigma_hat, is_zero
+from ddim_jax.types import Data, EpsFn, Index, Level, PRNGKey, is_traced
+
+Sigmas = Float[Array, "S"] | Float[np.ndarray, "S"]
+
+
+class BoundTerms(NamedTuple):
+    """The bound on each image's -log2 p(x0), in bits per dimension; it is the sum of all terms."""
+
+    prior: Float[Array, "B"]
+    """What the start N(0, I) costs, given that q(x_T | x0) still remembers x0."""
+    steps: Float[Array, "S-1 B"]
+    """One KL for each step between two indices, the noisiest first; one sample of its mean."""
+    decoder: Float[Array, "B"]
+    """-log2 p(x0 | x_t) of the last step, to 256 grey levels; one sample of its mean."""
+
+    @property
+    def total(self) -> Float[Array, "B"]:
+        """The bound: prior + steps + decoder."""
+        return self.prior + self.steps.sum(axis=0) + self.decoder
+
+
+def process_sigmas(schedule: Schedule, timesteps: Timesteps, eta: Level = 1.0) -> Float[Array, "S"]:
+    """Std of each step's noise for the paper's eta (eq. 16); 1 is DDPM's "fixed_small".
+
+    The step to clean data would have none; it takes that of the step before, as DDPM does.
+    Raises ValueError for eta <= 0, for fewer than two timesteps, and for a repeated one.
+    """
+    check_eta(eta)
+    if is_zero(eta):
+        raise ValueError(
+            f"eta must be positive; got {eta}. The bound of a deterministic process is infinite."
+        )
+    ab, ab_prev = _step_levels(schedule, timesteps)
+    if ab.shape[0] < 2:
+        raise ValueError(
+            "timesteps must be at least two, since the decoder takes the std of the step before; "
+            f"got {ab.shape[0]}."
+        )
+    sigma = ddim_sigma(ab, ab_prev, eta)
+    return sigma.at[-1].set(sigma[-2])
+
+
+def fixed_large_sigmas(schedule: Schedule, timesteps: Timesteps) -> Float[Array, "S"]:
+    """Std of each step's noise for DDPM's "fixed_large", a choice for the model but no process.
+
+    To clean data it takes the small variance of the step before. Raises as `process_sigmas` does.
+    Source: Ho et al. 2020, section 3.2, and its code.
+    """
+    ab, ab_prev = _step_levels(schedule, timesteps)
+    decoder = process_sigmas(schedule, timesteps)[-1]
+    return ddim_sigma_hat(ab, ab_prev).at[-1].set(decoder)
+
+
+def variational_bound(
+    key: PRNGKey,
+    eps_fn: EpsFn,
+    schedule: Schedule,
+    x0: Data,
+    timesteps: Timesteps,
+    sigma: Sigmas,
+    model_sigma: Sigmas | None = None,
+) -> BoundTerms:
+    """An unbiased estimate of J_sigma for images x0 (B, ...), in S = len(timesteps) network calls.
+
+    x0 holds 8-bit grey levels k as k / 127.5 - 1. `key` is one key, or (B,) of them, and then image
+    i depends on key i alone; index t's noise depends on (key, t). `timesteps` descend strictly.
+    `sigma` (S,) are the stds of `process_sigmas`, or any others with
+    0 < sigma^2 <= 1 - alpha_bar_prev (above it the terms are NaN); the last is the decoder's, and
+    free. `model_sigma` gives p other stds than q's, such as `fixed_large_sigmas`.
+    Raises ValueError for timesteps or sigmas that are known to break these rules.
+    """
+    check_floating("x0", x0)
+    t, t_prev = _step_indices(timesteps, schedule.num_steps)
+    sigma = _check_sigmas("sigma", sigma, t.shape[0])
+    model_sigma = sigma if model_sigma is None else model_sigma
+    model_sigma = _check_sigmas("model_sigma", model_sigma, t.shape[0])
+    key = typed_key(key)
+
+    def body(_, inputs):
+        t, t_prev, sigma, model_sigma = inputs
+        noise = draw_noise(_fold_in(key, t), x0).astype(x0.dtype)
+        term = bound_term(eps_fn, schedule, x0, noise, t, t_prev, sigma, model_sigma)
+        return None, term
+
+    _, terms = jax.lax.scan(body, None, (t, t_prev, sigma, model_sigma))
+    return BoundTerms(prior_bpd(schedule, x0, t[0]), terms[:-1], terms[-1])
+
+
+def bound_term(
+    eps_fn: EpsFn,
+    schedule: Schedule,
+    x0: Data,
+    noise: Data,
+    t: Index,
+    t_prev: Index,
+    sigma: Level,
+    model_sigma: Level,
+) -> Float[Array, "B"]:
+    """One step's term in bits per dimension, seen at x_t = `add_noise`(x0, noise, t).
+
+    The KL of the step from t to t_prev; or the decoder's -log2 p(x0 | x_t) if t_prev is -1.
+    """
+    check_same_shape("noise", noise, x0)
+    ab, ab_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+    x_t = add_noise(schedule, x0, noise, t)
+    x0_hat = epsilon_to_x0(predict_noise(eps_fn, x_t, jnp.asarray(t)), x_t, ab)
+
+    def decoder():
+        return -discretized_log_likelihood(x0, x0_hat, model_sigma)
+
+    def kl():
+        mean = posterior_mean(x0, x_t, ab, ab_prev, sigma)
+        model_mean = posterior_mean(x0_hat, x_t, ab, ab_prev, sigma)
+        return gaussian_kl(mean, sigma, model_mean, model_sigma)
+
+    return _bits_per_dim(jax.lax.cond(jnp.asarray(t_prev) < 0, decoder, kl))
+
+
+def prior_bpd(schedule: Schedule, x0: Data, t: Index) -> Float[Array, "B"]:
+    """KL(q(x_t | x0) || N(0, I)) in bits per dimension, t the index the sampler starts at."""
+    ab = schedule.alpha_bar(t)
+    return _bits_per_dim(gaussian_kl(jnp.sqrt(ab) * x0, jnp.sqrt(1 - ab), jnp.zeros_like(x0), 1.0))
+
+
+def gaussian_kl(mean: Data, std: Level, other_mean: Data, other_std: Level) -> Data:
+    """KL(N(mean, std^2) || N(other_mean, other_std^2)) in nats, element by element."""
+    std, other_std = expand_level(std, mean), expand_level(other_std, mean)
+    ratio = (std / other_std) ** 2
+    # Two parts that are each 0 or more, so that a small KL is no difference of large numbers.
+    return (ratio - 1 - jnp.log(ratio) + ((mean - other_mean) / other_std) ** 2) / 2
+
+
+def discretized_log_likelihood(x0: Data, mean: Data, std: Level) -> Data:
+    """log p of the grey level x0 under N(mean, std^2) summed over its bin, in nats per element.
+
+    The 256 levels k / 127.5 - 1 share the real line: each has the bin of width 2 / 255 around it,
+    the first and the last reach to infinity; p sums to 1 over them. The normal distribution
+    function is the tanh form that published bounds use, within 3e-4 of the exact one.
+    Source: Ho et al. 2020, section 3.3 and its code; Page 1977 (doi:10.2307/2346872).
+    """
+    scale = expand_level(std, x0)
+    upper = _normal_logit((x0 + 1 / 255 - mean) / scale)
+    lower = _normal_logit((x0 - 1 / 255 - mean) / scale)
+    below_upper = jax.nn.log_sigmoid(upper)
+    above_lower = jax.nn.log_sigmoid(-lower)
+    # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)), exact in the far tails too.
+    inside = below_upper + above_lower + jnp.log(-jnp.expm1(lower - upper))
+    return jnp.where(x0 < -0.999, below_upper, jnp.where(x0 > 0.999, above_lower, inside))
+
+
+def _normal_logit(z: jax.Array) -> jax.Array:
+    """The normal distribution function at z, as the logit of its probability."""
+    return jnp.sqrt(8 / jnp.pi) * (z + 0.044715 * z**3)
+
+
+def variational_weights(
+    schedule: Schedule, timesteps: Timesteps, sigma: Sigmas
+) -> Float[Array, "S"]:
+    """gamma for which J_sigma = sum over steps of gamma E||eps - eps_fn||^2 + C, in nats.
+
+    The squared error is summed over the data's dimensions; C holds what no network changes. The
+    last gamma is a Gaussian decoder's, before its discretisation to grey levels.
+
+        gamma = c^2 (1 - ab) / (2 sigma^2 ab), with c = 1 for the decoder, else
+        c = sqrt(ab_prev) - sqrt((1 - ab_prev - sigma^2) ab / (1 - ab))
+
+    Source: theorem 1; its proof prints 1 / (2 sigma^2 ab), without the other factors.
+    """
+    ab, ab_prev = _step_levels(schedule, timesteps)
+    sigma = _check_sigmas("sigma", sigma, ab.shape[0])
+    to_data = jnp.arange(ab.shape[0]) == ab.shape[0] - 1
+    kept = noise_kept(ab_prev, jnp.where(to_data, 0.0, sigma))
+    c = jnp.sqrt(ab_prev) - kept * jnp.sqrt(ab / (1 - ab))
+    return c**2 * (1 - ab) / (2 * sigma**2 * ab)
+
+
+def _step_levels(schedule: Schedule, timesteps: Timesteps) -> tuple[jax.Array, jax.Array]:
+    """alpha_bar at the start and at the end of each step."""
+    t, t_prev = _step_indices(timesteps, schedule.num_steps)
+    return schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+
+
+def _step_indices(timesteps: Timesteps, num_steps: int) -> tuple[jax.Array, jax.Array]:
+    """The index each step starts from, and the one it goes to; -1 is clean data."""
+    t = check_timesteps(timesteps, num_steps)
+    if not is_traced(timesteps) and np.any(np.diff(np.asarray(timesteps)) == 0):
+        raise ValueError(
+            "timesteps must descend strictly for a variational bound: a repeated index is no step. "
+            "Use np.unique(timesteps)[::-1]."
+        )
+    return t, jnp.append(t[1:], -1)
+
+
+def _check_sigmas(name: str, sigma: Sigmas, num_steps: int) -> Float[Array, "S"]:
+    if jnp.shape(sigma) != (num_steps,):
+        raise ValueError(
+            f"{name} must have one std for each timestep, shape {(num_steps,)}; "
+            f"got {jnp.shape(sigma)}."
+        )
+    if not is_traced(sigma) and not np.all(np.asarray(sigma) > 0):
+        raise ValueError(
+            f"{name} must be positive; got a smallest value of {np.min(sigma)}. The last entry is "
+            "the decoder's std: see process_sigmas."
+        )
+    return jnp.asarray(sigma)
+
+
+def _fold_in(key: jax.Array, t: jax.Array) -> jax.Array:
+    if key.ndim == 0:
+        return jax.random.fold_in(key, t)
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, t)
+
+
+def _bits_per_dim(nats: jax.Array) -> Float[Array, "B"]:
+    return nats.mean(axis=tuple(range(1, nats.ndim))) / jnp.log(2.0)
