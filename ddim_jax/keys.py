@@ -11,26 +11,27 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from ddim_jax.types import PRNGKey
 
 Indices = Int[Array, "B"] | Int[np.ndarray, "B"]
 
 
-def image_keys(key: PRNGKey, indices: Indices) -> PRNGKey:
+def image_keys(key: PRNGKey, indices: Indices) -> Key[Array, "B"]:
     """One key for each image index, shape (B,): fold_in(key, i)."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(typed_key(key), jnp.asarray(indices))
+    key, indices = typed_key(key), jnp.asarray(indices)
+    return draw_each(jax.random.fold_in, jnp.broadcast_to(key, indices.shape), indices)
 
 
 def initial_noise(
     key: PRNGKey, indices: Indices, image_shape: tuple[int, ...]
-) -> tuple[Float[Array, "B ..."], PRNGKey]:
+) -> tuple[Float[Array, "B ..."], Key[Array, "B"]]:
     """x_T and the keys for `sample` of the images with these indices, from one seed key.
 
     Image i depends on (key, i) alone, whatever the batch size or the number of devices.
     """
-    keys = jax.vmap(jax.random.split)(image_keys(key, indices))
+    keys = draw_each(jax.random.split, image_keys(key, indices))
     x_T = draw_each(lambda k: jax.random.normal(k, image_shape), keys[:, 0])
     return x_T, keys[:, 1]
 
@@ -45,12 +46,12 @@ def draw_noise(key: PRNGKey | None, x: jax.Array) -> jax.Array:
     return draw_each(lambda k: jax.random.normal(k, x.shape[1:], dtype), key)
 
 
-def draw_each(draw: Callable[[jax.Array], jax.Array], keys: PRNGKey) -> jax.Array:
-    """draw(key) for each of the keys (B,), stacked."""
+def draw_each(draw: Callable[..., jax.Array], keys: PRNGKey, *args: jax.Array) -> jax.Array:
+    """draw(key, *args) for each of the keys (B,) and entries of the args, stacked."""
     if jax.random.key_impl(keys) == "threefry2x32":
-        return jax.vmap(draw)(keys)
+        return jax.vmap(draw)(keys, *args)
     # Under vmap the hardware generators (rbg) would draw everything from the batch's first key.
-    return jax.lax.map(draw, keys)
+    return jax.lax.map(lambda inputs: draw(*inputs), (keys, *args))
 
 
 def check_keys(key: PRNGKey, x: jax.Array) -> None:

@@ -72,7 +72,7 @@ def _split(key: PRNGKey) -> tuple[PRNGKey, PRNGKey]:
     if key.ndim == 0:
         first, second = jax.random.split(key)
         return first, second
-    keys = jax.vmap(jax.random.split)(key)
+    keys = draw_each(jax.random.split, key)
     return keys[:, 0], keys[:, 1]
 
 

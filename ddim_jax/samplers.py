@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ddim_jax.keys import check_keys, draw_noise, typed_key
+from ddim_jax.keys import check_keys, draw_each, draw_noise, typed_key
 from ddim_jax.predict import (
     check_bounds,
     check_floating,
@@ -211,4 +211,4 @@ def _step_keys(key: PRNGKey | None, x: jax.Array, num_steps: int) -> PRNGKey | N
     check_keys(key, x)
     if key.ndim == 0:
         return jax.random.split(key, num_steps)
-    return jax.vmap(lambda k: jax.random.split(k, num_steps), out_axes=1)(key)
+    return draw_each(lambda k: jax.random.split(k, num_steps), key).swapaxes(0, 1)

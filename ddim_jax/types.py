@@ -15,13 +15,13 @@ from jaxtyping import Array, Float, Integer, Key, UInt32
 Data: TypeAlias = Float[Array, "*shape"]
 """Data, noise or a state: any shape at all, images are (..., H, W, C) in [-1, 1]."""
 
-Level: TypeAlias = Float[Array, "*level"] | Float[np.ndarray, "*level"] | np.floating | float
+Level: TypeAlias = Float[Array, "..."] | Float[np.ndarray, "..."] | np.floating | float
 """A noise level alpha_bar in (0, 1]: a scalar, or an array over the data's leading axes."""
 
 Index: TypeAlias = Integer[Array, "*index"] | Integer[np.ndarray, "*index"] | np.integer | int
 """A time index t in [-1, T - 1]; -1 is clean data."""
 
-PRNGKey: TypeAlias = Key[Array, "*keys"] | UInt32[Array, "*keys 2"]
+PRNGKey: TypeAlias = Key[Array, "..."] | UInt32[Array, "... 2"]
 """One key, or a leading axis of keys, one for each image. Old-style uint32 keys work too."""
 
 
