@@ -6,11 +6,13 @@ when it is whole, so a run that is killed while saving leaves the checkpoint bef
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -20,35 +22,39 @@ Tree = TypeVar("Tree")
 class Checkpointer:
     """The checkpoints in one folder.
 
-    Leaves may be arrays on the host or on a device, numbers, and PRNG keys of either style. Every
-    process must make the same calls. Use it as a context manager, or call `close`, so that a save
-    still under way is finished.
+    Leaves may be arrays on the host or on a device, numbers, and PRNG keys of either style. With
+    several processes, each makes the same calls with the same values, and the first one writes.
+    Use it as a context manager, or call `close`, so that a save still under way is finished.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3):
-        """Creates `directory` if it is absent; the newest `keep` checkpoints stay in it."""
+        """Saves into `directory`, made when needed, where the newest `keep` checkpoints stay."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1; got {keep}.")
         self.directory = pathlib.Path(directory).expanduser().absolute()
-        self._manager = ocp.CheckpointManager(
+        self._keep = keep
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:  # made late: reading must not make the folder
+        return ocp.CheckpointManager(
             self.directory,
             item_handlers=ocp.PyTreeCheckpointHandler(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+            options=ocp.CheckpointManagerOptions(max_to_keep=self._keep),
         )
 
     def all_steps(self) -> list[int]:
-        """The steps with a whole checkpoint, ascending."""
-        return sorted(self._manager.all_steps())
+        """The steps saved, ascending; what a killed run was still saving is not among them."""
+        return sorted(self._manager.all_steps()) if self.directory.is_dir() else []
 
     def latest_step(self) -> int | None:
-        """The newest step with a whole checkpoint, or None."""
+        """The newest step saved, or None."""
         return max(self.all_steps(), default=None)
 
     def save(self, step: int, tree: Any) -> None:
         """Saves `tree` as of `step`; returns once it is copied and may be changed or donated.
 
-        A step that is already there is left as it is. A step before the newest one is refused
-        with ValueError, since the newest is what a run resumes from.
+        The newest step, when saved again, is left as it is. One before it is refused with
+        ValueError, since a run resumes from the newest.
         """
         latest = self.latest_step()
         if step == latest:
@@ -58,44 +64,49 @@ class Checkpointer:
                 f"step must be after the newest checkpoint in {self.directory}, {latest}; "
                 f"got {step}. To go on from an earlier step, move the later ones away."
             )
+        # On the host, so that what is saved knows no device: any number of them can restore it.
+        # Copied, since a CPU array's host view shares memory that the next step may be given.
+        tree = jax.tree.map(np.array, jax.device_get(jax.tree.map(_without_key_type, tree)))
         self._manager.save(step, args=ocp.args.PyTreeSave(tree))
 
     def restore(self, template: Tree, step: int | None = None, *, partial: bool = False) -> Tree:
         """The tree saved at `step` (newest if None), bit for bit, with the template's structure.
 
         The template's leaves are arrays, `jax.ShapeDtypeStruct`s (of `jax.eval_shape`) or numbers;
-        an array comes back where the template's one is, a numpy array on the host. With `partial`
-        the template may leave out parts of what was saved, and only its own parts are read:
+        a JAX array comes back where the template's one is, a NumPy array on the host. With
+        `partial` the template may leave out parts of what was saved, and only its own are read:
         restore({"ema_params": params}, partial=True) needs no optimizer.
 
         Raises ValueError if there is no such checkpoint, if it is damaged, or if names, shapes or
         dtypes differ from the template's, listing them.
         """
+        self.wait()
         step = self._existing_step(step)
-        path = self.directory / str(step)
         try:
-            saved = self._manager.item_metadata(step).tree
+            saved = self._manager.item_metadata(step).tree  # pyright: ignore
         except Exception as error:
-            raise self._damaged(path, error) from error
-        _check_same(path, _leaves(saved), _leaves(template), partial)
-        item = jax.tree.map(_abstract, template)
+            raise self._damaged(step, error) from error
+        self._check_same(step, _specs(saved), _specs(template), partial)
         args = ocp.args.PyTreeRestore(
-            item,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+            jax.tree.map(_without_key_type, template),
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template),
             partial_restore=partial,
         )
         try:
-            return self._manager.restore(step, args=args)
+            restored = self._manager.restore(step, args=args)
         except Exception as error:
-            raise self._damaged(path, error) from error
+            raise self._damaged(step, error) from error
+        return jax.tree.map(_placed_like, template, restored)
 
     def wait(self) -> None:
         """Returns when every save is on disk; raises what a save in the background raised."""
-        self._manager.wait_until_finished()
+        if "_manager" in self.__dict__:
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the saves under way and lets go of the folder."""
-        self._manager.close()
+        if "_manager" in self.__dict__:
+            self._manager.close()
 
     def __enter__(self) -> Checkpointer:  # noqa: D105
         return self
@@ -108,16 +119,17 @@ class Checkpointer:
         if not steps:
             raise ValueError(
                 f"{self.directory} has no whole checkpoint. Train or convert into this folder "
-                "first, or give the folder of a finished one."
+                "first, or give the folder of a run that did."
             )
         if step is not None and step not in steps:
             raise ValueError(f"step must be one of {steps} in {self.directory}; got {step}.")
         return steps[-1] if step is None else step
 
-    def _damaged(self, path: pathlib.Path, error: Exception) -> ValueError:
-        others = [step for step in self.all_steps() if str(step) != path.name]
+    def _damaged(self, step: int, error: Exception) -> ValueError:
+        others = [other for other in self.all_steps() if other != step]
         return ValueError(
-            f"the checkpoint {path} is damaged ({type(error).__name__}: {str(error)[:300]}). "
+            f"the checkpoint {self.directory / str(step)} is damaged "
+            f"({type(error).__name__}: {str(error)[:300]}). "
             + (
                 f"Move it away to go on from step {others[-1]}."
                 if others
@@ -125,42 +137,55 @@ class Checkpointer:
             )
         )
 
+    def _check_same(self, step: int, saved: Specs, wanted: Specs, partial: bool) -> None:
+        lines = [f"{name} is not in the checkpoint" for name in wanted if name not in saved]
+        lines += [
+            f"{name} is {saved[name]} in the checkpoint, {wanted[name]} is wanted"
+            for name in wanted
+            if name in saved and saved[name] != wanted[name]
+        ]
+        if not partial:
+            lines += [f"{name} is only in the checkpoint" for name in saved if name not in wanted]
+        if lines:
+            more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
+            raise ValueError(
+                f"the checkpoint {self.directory / str(step)} is of another network or training "
+                "set-up:\n  " + "\n  ".join(lines[:10] + more) + "\n"
+                "Use the configuration it was saved with, or another folder."
+            )
 
-def _abstract(leaf: Any) -> Any:
-    """What orbax needs to know of a leaf; an array without a place goes to the first device."""
-    if isinstance(leaf, (np.ndarray, np.generic, int, float)):
+
+Specs: TypeAlias = dict[str, str]
+"""The name of each leaf, as "params/Dense_0/kernel", and its dtype and shape, as "float32[3,4]"."""
+
+
+def _specs(tree: Any) -> Specs:
+    specs = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        leaf = _without_key_type(leaf)
+        leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        shape = ",".join(map(str, leaf.shape))
+        specs[jax.tree_util.keystr(path, simple=True, separator="/")] = f"{leaf.dtype}[{shape}]"
+    return specs
+
+
+def _is_typed_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _without_key_type(leaf: Any) -> Any:
+    if not _is_typed_key(leaf):
         return leaf
-    place = getattr(leaf, "sharding", None)
-    if place is None:
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    if isinstance(leaf, jax.Array):
+        return jax.random.key_data(leaf)
+    return jax.eval_shape(jax.random.key_data, leaf)
 
 
-def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Path -> (shape, dtype) as stored; a typed key is stored as its uint32 data."""
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)
-        shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        leaves[name] = (shape if shape is not None else np.shape(leaf), dtype)
-    return leaves
-
-
-def _check_same(path: pathlib.Path, saved: dict, wanted: dict, partial: bool) -> None:
-    missing = [f"{name} is not in the checkpoint" for name in wanted if name not in saved]
-    extra = [f"{name} is only in the checkpoint" for name in saved if name not in wanted]
-    differ = [
-        f"{name} is {saved[name]} in the checkpoint, {wanted[name]} is wanted"
-        for name in wanted
-        if name in saved and saved[name] != wanted[name]
-    ]
-    lines = missing + differ + ([] if partial else extra)
-    if lines:
-        shown = "\n  ".join(lines[:10] + ([f"and {len(lines) - 10} more"] if lines[10:] else []))
-        raise ValueError(
-            f"the checkpoint {path} is of another network or training set-up:\n  {shown}\n"
-            "Use the configuration it was saved with, or another folder."
-        )
+def _placed_like(template: Any, array: np.ndarray) -> Any:
+    """The array as the kind of leaf the template is."""
+    if _is_typed_key(template):
+        impl = jax.random.key_impl(jnp.empty((), template.dtype))
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
+    if isinstance(template, (jax.Array, jax.ShapeDtypeStruct)):
+        return jax.device_put(array, template.sharding)
+    return array if isinstance(template, np.ndarray) else type(template)(array)
