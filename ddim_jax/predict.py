@@ -24,8 +24,7 @@ from ddim_jax.types import Data, EpsFn, Level
 
 def as_level(alpha_bar: Level) -> Float[Array, "*level"]:
     """The level as an array of at least float32: bfloat16 cannot tell 0.9999 from 1."""
-    level = jnp.asarray(alpha_bar)
-    return level.astype(jnp.promote_types(level.dtype, jnp.float32))
+    return widen(jnp.asarray(alpha_bar))
 
 
 def expand_level(alpha_bar: Level, x: jax.Array) -> Float[Array, "..."]:
@@ -61,6 +60,11 @@ def check_bounds(low: float, high: float) -> None:
     """Raise ValueError unless low < high."""
     if not low < high:
         raise ValueError(f"low must be below high; got low={low}, high={high}.")
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """`x` in at least float32, for arithmetic that is rounded once, at its end."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def safe_sqrt(value: Float[Array, "*level"]) -> Float[Array, "*level"]:

@@ -17,12 +17,14 @@ from jaxtyping import Array, Float
 from ddim_jax.predict import (
     as_level,
     check_bounds,
+    check_floating,
     check_same_shape,
     clip_epsilon,
     epsilon_to_x0,
     expand_level,
     noise_kept,
     safe_sqrt,
+    widen,
 )
 from ddim_jax.types import Data, Level, is_traced
 
@@ -72,7 +74,7 @@ def ddim_step(
     Raises ValueError for eta < 0, and for an eta other than 0 without noise. Source: eq. 12.
     """
     sigma = ddim_sigma(alpha_bar, alpha_bar_prev, eta)
-    x0 = epsilon_to_x0(eps, x_t, alpha_bar)
+    x0 = _predicted_x0(eps, x_t, alpha_bar)
     _check_noise(eta, noise)
     return _add(_towards(x0, eps, alpha_bar_prev, sigma), sigma, noise).astype(x_t.dtype)
 
@@ -94,7 +96,7 @@ def ddim_step_clip_data(
     To clip consistently, wrap the network in `clip_x0`, which re-derives eps.
     """
     check_bounds(low, high)
-    x0 = jnp.clip(epsilon_to_x0(eps, x_t, alpha_bar), low, high)
+    x0 = jnp.clip(_predicted_x0(eps, x_t, alpha_bar), low, high)
     sigma = ddim_sigma(alpha_bar, alpha_bar_prev, eta)
     _check_noise(eta, noise)
     return _add(_towards(x0, eps, alpha_bar_prev, sigma), sigma, noise).astype(x_t.dtype)
@@ -118,7 +120,7 @@ def ddpm_step(
     check_variance(variance)
     small = ddim_sigma(alpha_bar, alpha_bar_prev, 1.0)
     std = small if variance == "fixed_small" else ddim_sigma_hat(alpha_bar, alpha_bar_prev)
-    x0 = epsilon_to_x0(eps, x_t, alpha_bar)
+    x0 = _predicted_x0(eps, x_t, alpha_bar)
     return _add(_towards(x0, eps, alpha_bar_prev, small), std, noise).astype(x_t.dtype)
 
 
@@ -129,8 +131,15 @@ def sigma_hat_step(
 
     Source: appendix D.3; the clamp, from which eps is re-derived, is the published code's.
     """
-    eps = clip_epsilon(eps, x_t, alpha_bar)
+    check_floating("x_t", x_t)
+    eps = clip_epsilon(widen(eps), widen(x_t), alpha_bar)
     return ddpm_step(x_t, eps, alpha_bar, alpha_bar_prev, noise=noise, variance="fixed_large")
+
+
+def _predicted_x0(eps: Data, x_t: Data, alpha_bar: Level) -> jax.Array:
+    """Eq. 9 in at least float32, so that a step in bfloat16 rounds once."""
+    check_floating("x_t", x_t)
+    return epsilon_to_x0(eps, widen(x_t), alpha_bar)
 
 
 def _towards(x0: Data, eps: Data, alpha_bar_prev: Level, sigma: Float[Array, "..."]) -> jax.Array:
