@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0),,cpu)
 
 .PHONY: help setup demo test test-slow check format clean
 

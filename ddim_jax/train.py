@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import chex
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 from ddim_jax.data import to_model_range
@@ -29,7 +29,7 @@ LossFn = Callable[[Params, PRNGKey, Int[Array, "B"], Batch], Float[Array, "B"]]
 """(params, key of this step, places in the global batch, batch) -> one loss for each example."""
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
     """All a run needs to go on; saved and restored as one pytree."""
 
@@ -68,7 +68,7 @@ def adam_with_warmup(
 
 
 def diffusion_loss(
-    apply_fn: Callable[..., Array],
+    apply_fn: Callable[..., Any],
     schedule: Schedule,
     *,
     batch_size: int,

@@ -90,26 +90,24 @@ def run(config: TrainConfig) -> None:
 
         network = Network(model, schedule, source.image_shape, config.spacing)
         preview = _preview_program(network) if config.sample_every else None
-        metrics, step = None, start
+        before = None  # step and metrics of the update before this one
         for step in range(start + 1, config.max_steps + 1):
-            replicas, new_metrics = step_fn(replicas, next(batches))
-            if metrics is not None:
-                log.write(step - 1, metrics)  # of the step before, so the device never waits
-            metrics = new_metrics
-            late = (
-                config.max_seconds is not None and time.monotonic() - started > config.max_seconds
-            )
-            done = late or step == config.max_steps
-            if done or step % config.checkpoint_every == 0:
+            replicas, metrics = step_fn(replicas, next(batches))
+            if before is not None:
+                log.write(*before)  # one step late, so that the device never waits
+            before = (step, metrics)
+            seconds = time.monotonic() - started
+            last = step == config.max_steps or seconds > (config.max_seconds or float("inf"))
+            if last or step % config.checkpoint_every == 0:
                 log.check(step, metrics)  # a spoilt state is never saved
                 checkpointer.save(step, parallel.unreplicate(replicas))
             if preview is not None and (
                 step == config.max_steps or step % config.sample_every == 0
             ):
                 log.picture(step, preview(parallel.unreplicate(replicas).ema_params))
-            if done:
+            if last:
+                log.write(step, metrics)
                 break
-        log.write(step, metrics)
     print(f"step {step} is in {workdir}" + ("" if step == config.max_steps else "; call again"))
 
 

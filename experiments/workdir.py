@@ -55,7 +55,11 @@ class Network:
     def eps_fn(self, params: Any, label: jax.Array | None = None) -> EpsFn:
         """The network as an `EpsFn`; `params` is an argument so that jit need not bake it in."""
         labels = () if label is None else (label,)
-        return lambda x, t: self.model.apply({"params": params}, x, t, *labels)
+
+        def eps_fn(x: jax.Array, t: jax.Array) -> Any:
+            return self.model.apply({"params": params}, x, t, *labels)
+
+        return eps_fn
 
 
 @dataclasses.dataclass(frozen=True)
