@@ -1,7 +1,4 @@
-"""A name for the exact numbers of a pytree, to be written beside every result they led to.
-
-Floor 0.
-"""
+"""A name for the exact numbers of a pytree, to be written beside every result they led to."""
 
 from __future__ import annotations
 

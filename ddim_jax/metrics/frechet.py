@@ -11,8 +11,6 @@ Float64 on the host, not float32 on the device: with fewer samples than dimensio
 root turns the rounding of a float32 product into a relative error of 3e-5 (250 samples of 512
 features; 1e-7 at 20 000 samples). An Inception feature is 8 KB an image: cheaper to move and to
 add up than to compute.
-
-Floor 2.
 """
 
 from __future__ import annotations

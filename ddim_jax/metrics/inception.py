@@ -11,8 +11,6 @@ Batch norm is folded into the convolutions when weights are loaded. Everything r
 float32: the faster products of accelerators (TF32, bfloat16) would move the distance.
 
 Source: Szegedy et al. 2016 (arXiv:1512.00567); Heusel et al. 2017 (arXiv:1706.08500).
-
-Floor 2.
 """
 
 from __future__ import annotations

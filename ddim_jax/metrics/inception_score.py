@@ -1,7 +1,4 @@
-"""Inception score: how sure a classifier is of each image, and how varied its answers are.
-
-Floor 2.
-"""
+"""Inception score: how sure a classifier is of each image, and how varied its answers are."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 Unlike the Frechet distance its expectation does not depend on the number of samples, so it serves
 where samples are few. Float64, because the distance is a small difference of large means.
-
-Floor 2.
 """
 
 from __future__ import annotations

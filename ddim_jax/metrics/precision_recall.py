@@ -3,8 +3,6 @@
 Both pairs draw a ball around every point of a set, out to its k-th nearest neighbour in that set,
 and count who lies inside. Squared distances come in blocks of rows from matrix products on the
 device, so that memory is `block_size` times the other set's size, never the square of it.
-
-Floor 2.
 """
 
 from __future__ import annotations
