@@ -1,0 +1,566 @@
+"""The scans: the peers' trajectories, exactly S calls, one trace, keys, dtypes and gradients."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from refusals import refused, unchecked
+
+import ddim_jax as dj
+from ddim_jax.schedule import Spacing
+
+SCHEDULE = dj.linear_schedule()
+TABLE = np.float64(SCHEDULE.alphas_cumprod)
+KEY = jax.random.key(0)
+SPACINGS = Spacing.__args__
+X_T = jax.random.normal(jax.random.key(9), (2, 16, 16, 3))
+TIMESTEPS = dj.ddim_timesteps(1000, 6)
+
+
+def eps_fn(x, t):
+    """The network of the golden files."""
+    return jnp.sqrt(1 - SCHEDULE.alpha_bar(t)) * x + 0.1 * jnp.sin(3 * x + t / 100)
+
+
+def eps_fn_float64(x, t):
+    return np.sqrt(1 - TABLE[t]) * x + 0.1 * np.sin(3 * x + t / 100)
+
+
+# ------------------------------------------------------- golden trajectories, with recorded noise
+
+
+class Recorded(NamedTuple):
+    x: jax.Array
+    x0: jax.Array
+    i: jax.Array
+
+
+def recorded(kind, noise, eta):
+    """A sampler of one's own on the public steps: it adds the noise it is given, in order."""
+
+    def init(x_T):
+        return Recorded(x_T, jnp.zeros_like(x_T), jnp.int32(0))
+
+    def step(key, state, eps_fn, schedule, t, t_prev):
+        ab, ab_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+        eps, z = eps_fn(state.x, t), noise[state.i]
+        match kind:
+            case "eta":
+                x = dj.ddim_step(state.x, eps, ab, ab_prev, eta=eta, noise=z)
+            case "sigma_hat":
+                x = dj.sigma_hat_step(state.x, eps, ab, ab_prev, noise=z)
+                eps = dj.clip_x0(eps_fn, schedule)(state.x, t)
+            case "clip_data":
+                x = dj.ddim_step_clip_data(state.x, eps, ab, ab_prev, eta=eta, noise=z)
+            case variance:
+                x = dj.ddpm_step(state.x, eps, ab, ab_prev, noise=z, variance=variance)
+        x0 = dj.epsilon_to_x0(eps, state.x, ab)
+        return Recorded(x, jnp.clip(x0, -1, 1) if kind == "clip_data" else x0, state.i + 1)
+
+    return dj.Sampler(init, step)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def replay(kind, x_T, timesteps, noise, eta):
+    sampler = recorded(kind, noise, eta)
+    return dj.sample_trajectory(None, eps_fn, SCHEDULE, x_T, timesteps, sampler)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draw(sampler, key, x_T, timesteps):
+    return dj.sample_trajectory(key, eps_fn, SCHEDULE, x_T, timesteps, sampler)
+
+
+@jax.jit
+def draw_eta(key, x_T, timesteps, eta, sigma_hat):
+    sampler = dj.ddim(eta, sigma_hat=sigma_hat)
+    return dj.sample_trajectory(key, eps_fn, SCHEDULE, x_T, timesteps, sampler)
+
+
+DDIM, DDPM = dj.ddim(), dj.ddpm()
+CLIP_DATA, SIGMA_HAT = dj.ddim_clip_data(), dj.ddim(sigma_hat=True)
+
+GRIDS = [("uniform", 10), ("uniform", 20), ("uniform", 50), ("quad", 10), ("quad", 20)]
+
+
+@pytest.mark.parametrize("eta", ["0.0", "0.2", "0.5", "1.0", "sigma_hat"])
+@pytest.mark.parametrize("spacing, S", GRIDS)
+def test_the_papers_trajectories(golden, spacing, S, eta):
+    stored = golden("sampler_trajectories.npz")
+    want = {k: stored[f"{spacing}_{S}_{eta}/{k}"] for k in ("x_mid", "x0_pred_first", "x_0")}
+    x_T, noise, ascending = (
+        stored[f"{spacing}_{S}_{eta}/{k}"] for k in ("x_T", "noise", "timesteps")
+    )
+    timesteps = dj.ddim_timesteps(1000, S, {"quad": "quadratic"}.get(spacing, spacing))
+    np.testing.assert_array_equal(timesteps[::-1], ascending)
+
+    kind, number = ("eta", float(eta)) if eta != "sigma_hat" else (eta, 0.0)
+    runs = [replay(kind, x_T, timesteps, noise, number)]
+    if eta == "0.0":
+        runs.append(draw(DDIM, None, x_T, timesteps))
+    for states, x0s in runs:
+        np.testing.assert_allclose(states[S // 2], want["x_mid"], atol=1e-4)
+        np.testing.assert_allclose(x0s[0], want["x0_pred_first"], atol=1e-4)
+        np.testing.assert_allclose(states[-1], want["x_0"], atol=1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("S", [10, 50])
+@pytest.mark.parametrize("clip", [0, 1])
+def test_the_trajectories_of_diffusers(golden, clip, S, eta):
+    stored = golden("diffusers_ddim.npz")
+    x_T, noise, timesteps, x_0 = (
+        stored[f"ddim_clip{clip}_{S}_{eta}/{k}"] for k in ("x_T", "noise", "timesteps", "x_0")
+    )
+    np.testing.assert_array_equal(dj.ddim_timesteps(1000, S), timesteps)
+    states, _ = replay("clip_data" if clip else "eta", x_T, timesteps, noise, eta)
+    np.testing.assert_allclose(states[-1], x_0, atol=1e-4)
+    if eta == 0:
+        states, _ = draw(CLIP_DATA if clip else DDIM, None, x_T, timesteps)
+        np.testing.assert_allclose(states[-1], x_0, atol=1e-4)
+
+
+def test_the_samplers_are_the_steps_with_standard_normal_noise():
+    """The noise is read off one run in float64; fed back, it gives every other sampler's run."""
+    states, _ = draw(DDPM, KEY, X_T, TIMESTEPS)
+    noise = np.zeros((6, *X_T.shape))
+    for i, (t, t_prev) in enumerate(reference.transitions(TIMESTEPS)[:-1]):
+        ab, ab_prev = TABLE[t], reference.level(TABLE, t_prev)
+        x = np.float64(states[i])
+        mean = reference.ddim_step(x, eps_fn_float64(x, t), ab, ab_prev, 1.0)
+        noise[i] = (states[i + 1] - mean) / reference.ddim_sigma(ab, ab_prev, 1.0)
+
+    z = noise[:-1].reshape(5, -1)
+    n = z.shape[1]
+    assert np.all(np.abs(z.mean(1)) < 4 / np.sqrt(n))
+    assert np.all(np.abs(z @ z.T / n - np.eye(5)) < 4 * np.sqrt(2 / n))
+    assert abs((z**4).mean() - 3) < 4 * np.sqrt(96 / z.size)
+
+    noise = np.float32(noise)
+    for kind, eta, got in [
+        ("eta", 0.3, draw_eta(KEY, X_T, TIMESTEPS, 0.3, False)),
+        ("eta", 1.0, draw_eta(KEY, X_T, TIMESTEPS, 1.0, False)),
+        ("sigma_hat", 0.0, draw_eta(KEY, X_T, TIMESTEPS, 0.0, True)),
+        ("fixed_large", 0.0, draw(dj.ddpm("fixed_large"), KEY, X_T, TIMESTEPS)),
+        ("clip_data", 0.5, draw(dj.ddim_clip_data(0.5), KEY, X_T, TIMESTEPS)),
+    ]:
+        for a, b in zip(got, replay(kind, X_T, TIMESTEPS, noise, eta), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-3, err_msg=kind)
+
+
+def test_ddpm_with_the_small_variance_is_ddim_with_eta_1():
+    states, x0s = draw(DDPM, KEY, X_T, TIMESTEPS)
+    want, want_x0s = draw_eta(KEY, X_T, TIMESTEPS, 1.0, False)
+    np.testing.assert_allclose(states, want, atol=2e-5)
+    np.testing.assert_allclose(x0s, want_x0s, atol=2e-4)
+
+
+def test_any_descending_list_is_a_sub_sequence():
+    timesteps = [997, 640, 640, 333, 3, 1]
+    states, _ = draw(DDIM, None, X_T, np.array(timesteps))
+    want = reference.trajectory(
+        eps_fn_float64, TABLE, X_T, timesteps, lambda i, *args: reference.ddim_step(*args)
+    )
+    np.testing.assert_allclose(states, want, atol=2e-4)
+
+
+def test_a_trajectory_holds_the_states_and_what_each_step_saw():
+    states, x0s = draw_eta(KEY, X_T, TIMESTEPS, 0.5, False)
+    assert states.shape == (7, *X_T.shape) and x0s.shape == (6, *X_T.shape)
+    np.testing.assert_array_equal(states[0], X_T)
+    x_0 = jax.jit(lambda: dj.sample(KEY, eps_fn, SCHEDULE, X_T, TIMESTEPS, dj.ddim(0.5)))()
+    np.testing.assert_allclose(states[-1], x_0, atol=1e-6)
+    np.testing.assert_allclose(states[-1], x0s[-1], atol=1e-6)  # the last step goes to clean data
+    for i, t in enumerate(TIMESTEPS):
+        x = np.float64(states[i])
+        want = reference.convert("epsilon", "x0", eps_fn_float64(x, t), x, TABLE[t])
+        np.testing.assert_allclose(x0s[i], want, atol=1e-4)
+
+
+# --------------------------------------------------------------- exactly S calls, finite outputs
+
+
+class Counted:
+    """eps_fn that writes down each index at which it is evaluated, when the program runs."""
+
+    def __init__(self):
+        self.visited = []
+
+    def __call__(self, x, t):
+        jax.debug.callback(lambda t: self.visited.append(int(t)), t)
+        return eps_fn(x, t)
+
+    def take(self):
+        jax.effects_barrier()
+        visited, self.visited = sorted(self.visited, reverse=True), []
+        return visited
+
+
+@pytest.mark.parametrize("S", [1, 2, 3, 7, 12, 100, 333, 1000])
+def test_exactly_one_network_call_for_each_time_index(S):
+    counted, x = Counted(), X_T[0, 0]
+    run = jax.jit(lambda ts: dj.sample(None, counted, SCHEDULE, x, ts))
+    for spacing in SPACINGS:
+        timesteps = dj.ddim_timesteps(1000, S, spacing)
+        assert np.isfinite(run(timesteps)).all()
+        assert counted.take() == timesteps.tolist()
+
+
+@pytest.mark.parametrize("sampler", [SIGMA_HAT, DDPM, CLIP_DATA])
+def test_other_samplers_call_the_network_once_a_step(sampler):
+    counted = Counted()
+    dj.sample_trajectory(KEY, counted, SCHEDULE, X_T, TIMESTEPS, sampler)
+    assert counted.take() == TIMESTEPS.tolist()
+
+
+def test_encoding_calls_the_network_once_a_step_and_never_at_clean_data():
+    counted, timesteps = Counted(), dj.ddim_timesteps(1000, 10, "trailing")
+    dj.encode(counted, SCHEDULE, X_T, timesteps)
+    # x_0 is met at the lowest index, as if it were there already; then every index but the last.
+    assert counted.take() == [*timesteps[1:].tolist(), timesteps[-1]]
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_every_number_of_steps_and_every_spacing_is_finite(eta):
+    """All 4000 at once: a short list is led by repeats of its first index, which leave x alone."""
+    lists = [dj.ddim_timesteps(1000, S, spacing) for spacing in SPACINGS for S in range(1, 1001)]
+    padded = np.stack([np.pad(ts, (1000 - len(ts), 0), mode="edge") for ts in lists])
+    x_T = jnp.array([-3.0, -0.2, 0.9, 2.5])
+    run = jax.jit(
+        jax.vmap(lambda ts: dj.sample(KEY, eps_fn, SCHEDULE, x_T, ts, dj.ddim(jnp.float32(eta))))
+    )
+    x_0 = np.asarray(run(padded))
+    assert np.isfinite(x_0).all() and np.abs(x_0).max() < 50
+    if eta == 0:
+        for i in (0, 49, 1009, 2499, 3110):  # the padding was harmless
+            want = reference.trajectory(
+                eps_fn_float64, TABLE, x_T, lists[i], lambda i, *args: reference.ddim_step(*args)
+            )
+            np.testing.assert_allclose(x_0[i], want[-1], atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_exactly_s_calls_for_every_s(spacing):
+    counted, x = Counted(), X_T[0, 0, 0]
+    for S in range(1, 1001):
+        timesteps = dj.ddim_timesteps(1000, S, spacing)
+        x_0 = jax.jit(lambda ts: dj.sample(None, counted, SCHEDULE, x, ts))(timesteps)
+        assert np.isfinite(x_0).all() and counted.take() == timesteps.tolist(), S
+
+
+# ------------------------------------------------------------------------- one compiled program
+
+
+def test_one_trace_for_each_number_of_steps_and_shape():
+    traces = []
+
+    @jax.jit
+    def run(key, x_T, timesteps, eta, sigma_hat):
+        traces.append((x_T.shape, timesteps.shape))
+        sampler = dj.ddim(eta, sigma_hat=sigma_hat)
+        return dj.sample(key, eps_fn, SCHEDULE, x_T, timesteps, sampler)
+
+    for S, x_T in [(3, X_T), (5, X_T), (5, X_T[:1])]:
+        for eta in (0.0, 0.2, 0.5, 1.0):
+            for spacing in ("uniform", "quadratic"):
+                run(KEY, x_T, dj.ddim_timesteps(1000, S, spacing), eta, False)
+        run(jax.random.key(5), x_T, dj.ddim_timesteps(1000, S), 0.0, True)
+    assert len(traces) == 3 and len(set(traces)) == 3
+
+
+def test_traced_eta_and_flag_equal_known_ones():
+    for sampler, eta, sigma_hat in [
+        (DDIM, 0.0, False),
+        (dj.ddim(0.4), 0.4, False),
+        (SIGMA_HAT, 0.7, True),
+    ]:
+        traced = draw_eta(KEY, X_T, TIMESTEPS, eta, sigma_hat)
+        known = draw(sampler, KEY, X_T, TIMESTEPS)
+        for got, want in zip(traced, known, strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+def test_known_arrays_are_known_numbers():
+    want = dj.sample(None, eps_fn, SCHEDULE, X_T, [500, 0], dj.ddim(0.0))
+    for sampler in (dj.ddim(jnp.float32(0.0)), dj.ddim(np.float64(0.0)), dj.ddim()):
+        got = dj.sample(None, eps_fn, SCHEDULE, X_T, [500, 0], sampler)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_memory_does_not_grow_with_the_number_of_steps():
+    x_T = jax.ShapeDtypeStruct((4, 128, 128), jnp.float32)
+    size = 4 * 128 * 128 * 4
+
+    def working_memory(run, S):
+        timesteps = dj.ddim_timesteps(1000, S)
+        compiled = jax.jit(
+            lambda x_T: run(KEY, eps_fn, SCHEDULE, x_T, timesteps, dj.ddim(0.5))
+        ).lower(x_T)
+        memory = compiled.compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    short, long = (working_memory(dj.sample, S) for S in (10, 1000))
+    assert long - short < 0.1 * size
+    assert working_memory(dj.sample_trajectory, 20) > short + 20 * size  # the measure can tell
+
+
+# --------------------------------------------------------------------------------- random keys
+
+
+def test_an_image_depends_on_its_own_key_alone():
+    x_T, keys = dj.initial_noise(KEY, np.arange(4), (4, 3))
+    run = jax.jit(lambda key, x: dj.sample(key, eps_fn, SCHEDULE, x, TIMESTEPS, dj.ddim(1.0)))
+    batch = run(keys, x_T)
+    np.testing.assert_allclose(run(keys[2:3], x_T[2:3]), batch[2:3], atol=1e-6)
+    shuffled = jnp.array([3, 1, 0, 2])
+    np.testing.assert_allclose(run(keys[shuffled], x_T[shuffled]), batch[shuffled], atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(run)(keys, x_T), batch, atol=1e-6)  # one image each
+    assert len(np.unique(np.asarray(batch[:, 0, 0]))) == 4
+
+
+def test_keys_decide_the_noise():
+    one = draw_eta(KEY, X_T, TIMESTEPS, 1.0, False)[0][-1]
+    np.testing.assert_array_equal(draw_eta(KEY, X_T, TIMESTEPS, 1.0, False)[0][-1], one)
+    other = draw_eta(jax.random.key(1), X_T, TIMESTEPS, 1.0, False)[0][-1]
+    assert np.mean(one == other) < 0.01
+    # Without noise the key is no matter, and may be left out.
+    for key in (KEY, jax.random.key(1)):
+        np.testing.assert_array_equal(
+            draw(DDIM, key, X_T, TIMESTEPS)[0], draw(DDIM, None, X_T, TIMESTEPS)[0]
+        )
+
+
+def test_old_style_keys_draw_the_same():
+    got, _ = draw_eta(jax.random.PRNGKey(3), X_T, TIMESTEPS, 1.0, False)
+    want, _ = draw_eta(jax.random.key(3), X_T, TIMESTEPS, 1.0, False)
+    np.testing.assert_array_equal(got, want)
+    run = jax.jit(lambda key: dj.sample(key, eps_fn, SCHEDULE, X_T, [700, 0], DDPM))
+    old, new = (jax.random.split(key) for key in (jax.random.PRNGKey(3), jax.random.key(3)))
+    np.testing.assert_array_equal(run(old), run(new))
+
+
+def test_hardware_keys_keep_images_apart():
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)
+    x_T = jnp.zeros((3, 4))
+    run = jax.jit(lambda k, x: dj.sample(k, eps_fn, SCHEDULE, x, [900, 500, 0], DDPM))
+    np.testing.assert_allclose(run(keys[1:2], x_T[:1])[0], run(keys, x_T)[1], atol=1e-6)
+
+
+# ---------------------------------------------------------------------- shapes, dtypes, x64
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 4, 4, 1), (1, 2, 1, 3, 1)])
+def test_any_shape(shape):
+    x_T = jax.random.normal(KEY, shape)
+    x_0 = jax.jit(lambda x: dj.sample(KEY, eps_fn, SCHEDULE, x, [700, 0], dj.ddim(0.5)))(x_T)
+    assert x_0.shape == shape and np.isfinite(x_0).all()
+    latent = jax.jit(lambda x: dj.encode(eps_fn, SCHEDULE, x, [700, 0]))(x_0)
+    assert latent.shape == shape and np.isfinite(latent).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_data_keeps_its_dtype_with_float32_levels(dtype):
+    seen = []
+
+    def spy(x, t):
+        seen.append((x.dtype, SCHEDULE.alpha_bar(t).dtype))
+        return eps_fn(x, t).astype(dtype)
+
+    x_T = X_T.astype(dtype)
+    run = jax.jit(lambda x: dj.sample_trajectory(KEY, spy, SCHEDULE, x, TIMESTEPS, dj.ddim(0.5)))
+    states, x0s = run(x_T)
+    assert states.dtype == x0s.dtype == dtype
+    assert set(seen) == {(jnp.dtype(dtype), jnp.dtype(jnp.float32))}
+    want, _ = draw_eta(KEY, x_T.astype(jnp.float32), TIMESTEPS, 0.5, False)
+    np.testing.assert_allclose(np.float32(states), want, atol=0.1)
+    assert jax.eval_shape(lambda x: dj.encode(spy, SCHEDULE, x, TIMESTEPS), x_T).dtype == dtype
+
+
+def test_a_float32_network_may_serve_bfloat16_data():
+    got = dj.sample(KEY, eps_fn, SCHEDULE, X_T.astype(jnp.bfloat16), [700, 0], dj.ddim(0.5))
+    assert got.dtype == jnp.bfloat16
+
+
+def test_float64_stays_float64():
+    timesteps = dj.ddim_timesteps(1000, 10)
+    with jax.enable_x64(True), unchecked():
+        schedule = dj.Schedule(jnp.asarray(TABLE))
+        x_T = jax.random.normal(KEY, (5,), jnp.float64)
+
+        def network(x, t):
+            return jnp.sqrt(1 - schedule.alpha_bar(t)) * x + 0.1 * jnp.sin(3 * x + t / 100)
+
+        x_0 = dj.sample(None, network, schedule, x_T, timesteps)
+        mixed = dj.sample(KEY, eps_fn, SCHEDULE, x_T, timesteps, dj.ddim(0.5))
+        single = dj.sample(KEY, eps_fn, SCHEDULE, jnp.float32(x_T), timesteps, dj.ddim(0.5))
+        assert x_0.dtype == mixed.dtype == jnp.float64 and single.dtype == jnp.float32
+        want = reference.trajectory(
+            eps_fn_float64, TABLE, x_T, timesteps, lambda i, *args: reference.ddim_step(*args)
+        )
+        np.testing.assert_allclose(x_0, want[-1], rtol=1e-12)
+
+
+# -------------------------------------------------------------------------------- vmap and grad
+
+
+def test_vmap_over_eta():
+    etas = jnp.array([0.0, 0.5, 1.0])
+    run = functools.partial(draw_eta, KEY, X_T, TIMESTEPS)
+    got, _ = jax.vmap(run, in_axes=(0, None))(etas, False)
+    for i, eta in enumerate(etas):
+        np.testing.assert_allclose(got[i], run(eta, False)[0], atol=1e-5)
+
+
+def test_eta_for_each_image():
+    got, _ = draw_eta(KEY, X_T, TIMESTEPS, jnp.array([0.0, 1.0]), False)
+    for i, eta in enumerate([0.0, 1.0]):
+        want, _ = draw_eta(KEY, X_T, TIMESTEPS, eta, False)
+        np.testing.assert_allclose(got[-1, i], want[-1, i], atol=1e-5)
+
+
+def test_gradients_through_the_sampler_equal_finite_differences():
+    timesteps = dj.ddim_timesteps(1000, 4)
+    with jax.enable_x64(True), unchecked():
+        x_T = jax.random.normal(KEY, (3,), jnp.float64)
+
+        @jax.jit
+        def total(x_T, eta, weight, table):
+            schedule = dj.Schedule(table)
+
+            def network(x, t):
+                return weight * jnp.sqrt(1 - schedule.alpha_bar(t)) * x + 0.1 * jnp.sin(3 * x)
+
+            return dj.sample(KEY, network, schedule, x_T, timesteps, dj.ddim(eta)).sum()
+
+        at = (x_T, jnp.float64(0.6), jnp.float64(0.8), jnp.asarray(TABLE))
+        grads = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))(*at)
+        assert all(np.isfinite(g).all() for g in grads)
+        nudges = [(0, jnp.eye(3)[1]), (1, 1.0), (2, 1.0), (3, jnp.eye(1000)[500])]
+        for i, direction in nudges:
+            h = 1e-6
+            up, down = (list(at) for _ in range(2))
+            up[i], down[i] = at[i] + h * direction, at[i] - h * direction
+            want = (total(*up) - total(*down)) / (2 * h)
+            np.testing.assert_allclose(jnp.vdot(grads[i], direction), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_gradients_are_finite_at_the_ends_of_the_family(eta):
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1, 2))
+    def gradient(x_T, eta, schedule):
+        x_0 = dj.sample(KEY, eps_fn, schedule, x_T, [999, 500, 1, 0], dj.ddim(eta))
+        return jnp.square(x_0).sum()
+
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient(X_T, eta, SCHEDULE)))
+
+
+def test_gradients_through_encode_and_sigma_hat_are_finite():
+    def encoded(x, schedule):
+        return dj.encode(eps_fn, schedule, x, [999, 500, 0]).sum()
+
+    def clipped(x, schedule):
+        sampler = dj.ddim(sigma_hat=True)
+        return dj.sample(KEY, eps_fn, schedule, x, [999, 500, 0], sampler).sum()
+
+    for total in (encoded, clipped):
+        grads = jax.jit(jax.grad(total, argnums=(0, 1)))(X_T, SCHEDULE)
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+def sample(*, key=KEY, network=eps_fn, x_T=X_T, timesteps=(5, 0), sampler=DDIM):
+    return dj.sample(key, network, SCHEDULE, x_T, timesteps, sampler)
+
+
+@pytest.mark.parametrize(
+    "timesteps, message",
+    [
+        ([], "non-empty vector of integers"),
+        ([0, 5], "timesteps must descend.*Reverse"),
+        ([1000, 0], r"timesteps must lie in \[0, 999\], the trained schedule"),
+        ([5, -1], r"timesteps must lie in \[0, 999\]"),
+        (np.array([5.0, 0.0]), "vector of integers.*dtype float64"),
+        (7, "vector of integers"),
+    ],
+)
+def test_bad_timesteps_are_refused(timesteps, message):
+    with refused(message):
+        sample(timesteps=timesteps)
+    with refused(message):
+        dj.sample_trajectory(KEY, eps_fn, SCHEDULE, X_T, timesteps)
+    with refused(message):
+        dj.encode(eps_fn, SCHEDULE, X_T, timesteps)
+
+
+def test_traced_timesteps_outside_the_schedule_give_nan():
+    run = jax.jit(lambda ts: sample(timesteps=ts))
+    assert np.isfinite(run(jnp.array([999, 0]))).all()
+    assert np.isnan(run(jnp.array([1000, 0]))).all()
+    assert np.isnan(run(jnp.array([999, -2]))).all()
+
+
+def test_eta_below_zero_is_refused_when_the_sampler_is_built():
+    for make in (dj.ddim, dj.ddim_clip_data):
+        for eta in (-0.5, float("nan"), jnp.array([0.0, -1.0])):
+            with refused(r"eta must be at least 0 \(0 is DDIM, 1 is DDPM\); got"):
+                make(eta)
+
+
+def test_other_bad_arguments_are_refused_when_the_sampler_is_built():
+    with refused("variance must be one of .*fixed_small.*fixed_large.*; got 'fixed'"):
+        dj.ddpm("fixed")
+    with refused("low must be below high; got low=1.0, high=0.0"):
+        dj.ddim_clip_data(low=1.0, high=0.0)
+    with refused(r"sigma_hat must be one flag; got shape \(2,\)"):
+        dj.ddim(sigma_hat=jnp.array([True, False]))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [dj.ddim(0.1), SIGMA_HAT, DDPM, dj.ddim_clip_data(1.0)],
+)
+def test_a_sampler_that_draws_noise_needs_a_key(sampler):
+    for key in (None, 0):
+        with refused(r"key must be a PRNG key, such as jax.random.key\(0\); got"):
+            sample(key=key, sampler=sampler)
+
+
+def test_a_traced_eta_needs_a_key_too():
+    with refused("key must be a PRNG key"):
+        jax.jit(lambda eta: sample(key=None, sampler=dj.ddim(eta)))(0.0)
+
+
+def test_a_wrong_number_of_keys_is_refused():
+    for sampler in (DDIM, DDPM):
+        with refused(r"key must be one key, or one for each of the \(2,\) images; got \(3,\)"):
+            sample(key=jax.random.split(KEY, 3), sampler=sampler)
+
+
+def test_a_network_of_another_shape_is_refused():
+    for network in (lambda x, t: x[:1], lambda x, t: jnp.concatenate([x, x], -1)):
+        for sampler in (DDIM, SIGMA_HAT, DDPM, CLIP_DATA):
+            with refused(r"eps_fn must return an array of x's shape \(2, 16, 16, 3\); got"):
+                sample(network=network, sampler=sampler)
+        with refused("eps_fn must return an array of x's shape"):
+            dj.encode(network, SCHEDULE, X_T, [5, 0])
+
+
+def test_integer_data_is_refused():
+    image = jnp.zeros((2, 8, 8), jnp.uint8)
+    with refused(r"x_T must be floating point, data in \[-1, 1\]; got dtype uint8.*127.5"):
+        sample(x_T=image)
+    with refused("x_0 must be floating point"):
+        dj.encode(eps_fn, SCHEDULE, image, [5, 0])
+
+
+def test_an_eta_of_another_shape_is_refused():
+    with refused(r"level \(alpha_bar, t, eta\) must .* got level shape \(3,\)"):
+        sample(sampler=dj.ddim(jnp.ones(3)))
