@@ -3,6 +3,7 @@ import pytest
 import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from ddim_jax.metrics.frechet import (
     FeatureMoments,
@@ -130,6 +131,8 @@ def test_wrong_dimensions_are_named():
         update_moments(init_moments(4), rng.normal(size=(9, 5)))
     with pytest.raises(ValueError, match=r"mean2 must have shape .*same feature network"):
         frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
+    with refused(r"cov1 must have shape \(3, 3\); got \(4, 4\)"):
+        frechet_distance(np.zeros(3), np.eye(4), np.zeros(3), np.eye(3))
     with pytest.raises(ValueError, match="dim must be at least 1"):
         init_moments(0)
 

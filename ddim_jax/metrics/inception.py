@@ -32,6 +32,8 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
+from ddim_jax.convert.tensors import read_safetensors, read_torch, torch_to_numpy
+
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 WEIGHTS_URL = (
@@ -206,7 +208,7 @@ def load_inception(path: str | os.PathLike | None = None) -> InceptionParams:
 
     A file of the published name must have the published hash; every file must have exactly this
     network's names and shapes. A .pth is read by torch (extra `convert`). Raises FileNotFoundError
-    without a file and ValueError on another network's.
+    without a file and ValueError on a damaged one or another network's.
     """
     path = fetch_weights() if path is None else pathlib.Path(path)
     if not path.is_file():
@@ -267,18 +269,8 @@ def _check_sha256(path: pathlib.Path, want: str) -> None:
 
 def _read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
-        import safetensors.numpy
-
-        return safetensors.numpy.load_file(path)
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"Reading {path.name} needs torch: pip install 'ddim_jax[convert]', or make a "
-            ".safetensors copy where torch is installed."
-        ) from error
-    state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    return {name: tensor.numpy() for name, tensor in state_dict.items()}
+        return read_safetensors(path)
+    return torch_to_numpy(read_torch(path))
 
 
 def params_from_state_dict(state_dict: Mapping[str, np.ndarray]) -> InceptionParams:
