@@ -20,6 +20,7 @@ from ddim_jax.convert.tensors import (
     StateDict,
     from_torch,
     is_torch_state_dict,
+    naming,
     parameter_shapes,
     read_safetensors,
     read_torch,
@@ -64,14 +65,14 @@ def load_diffusers(path_or_id: str | os.PathLike[str]) -> DiffusersCheckpoint:
     folder = pathlib.Path(path_or_id)
     if not folder.is_dir():
         folder = _download(os.fspath(path_or_id))
-    unet = _first_that_exists(folder / "config.json", folder / "unet" / "config.json").parent
-    weights = _first_that_exists(unet / SAFETENSORS, unet / BIN)
-    model, image_size = unet_from_config(_read_json(unet / "config.json"))
+    config = _first_that_exists(folder / "config.json", folder / "unet" / "config.json")
+    weights = _first_that_exists(config.parent / SAFETENSORS, config.parent / BIN)
+    settings = _read_json(config)
+    with naming(config):
+        model, image_size = unet_from_config(settings)
     state_dict = read_safetensors(weights) if weights.name == SAFETENSORS else _read_bin(weights)
-    try:
+    with naming(weights):
         params = diffusers_to_flax(state_dict, model, image_size)
-    except ValueError as error:
-        raise ValueError(f"{weights}: {error}") from error
     description = (
         f"{len(state_dict)} tensors from {weights}, the only weights there; "
         "diffusers does not record whether they are averaged"
@@ -376,7 +377,7 @@ def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 
 def _download(repo_id: str) -> pathlib.Path:
     """The folder of the hub's cache with this repository's network in it."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
         raise ValueError(f"no folder {repo_id}; a repository of the hub is written owner/name.")
     try:
         import huggingface_hub

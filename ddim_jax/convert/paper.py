@@ -19,6 +19,7 @@ from ddim_jax.convert.tensors import (
     StateDict,
     from_torch,
     is_torch_state_dict,
+    naming,
     parameter_shapes,
     read_torch,
     to_torch,
@@ -57,10 +58,8 @@ def load_paper_checkpoint(
     """
     path = pathlib.Path(path)
     state_dict, taken = _select(read_torch(path), weights, path)
-    try:
+    with naming(path):
         params = paper_to_flax(torch_to_numpy(state_dict), model, image_size)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     return params, f"{taken} from {path}, {len(state_dict)} tensors"
 
 

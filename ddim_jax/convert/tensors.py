@@ -6,8 +6,9 @@ our dense layers it stores as 1x1 convolutions.
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -76,6 +77,15 @@ def to_torch(
     return state_dict
 
 
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Puts the file's path before the message of a ValueError about its content."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The tensors of a .safetensors file, by name. ValueError if it is damaged."""
     try:
@@ -107,16 +117,15 @@ def read_torch(path: pathlib.Path) -> Any:
         import torch
     except ImportError as error:
         raise ImportError(_missing("torch", path)) from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise  # absent or unreadable: the message names the path already
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"{path} was refused: it is damaged, or it holds more than tensors and plain "
-            f"containers, which could run code when read. torch says: {reason}"
-        ) from error
+    with path.open("rb") as file:  # an absent file is an OSError with its own clear message
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises half a dozen types for a damaged file
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(
+                f"{path} was refused: it is damaged, or it holds more than tensors and plain "
+                f"containers, which could run code when read. torch says: {reason}"
+            ) from error
 
 
 def is_torch_state_dict(content: Any) -> bool:
