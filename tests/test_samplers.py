@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from refusals import refused, unchecked
+from refusals import refused
 
 import ddim_jax as dj
 from ddim_jax.schedule import Spacing
@@ -388,7 +388,7 @@ def test_a_float32_network_may_serve_bfloat16_data():
 
 def test_float64_stays_float64():
     timesteps = dj.ddim_timesteps(1000, 10)
-    with jax.enable_x64(True), unchecked():
+    with jax.enable_x64(True):
         schedule = dj.Schedule(jnp.asarray(TABLE))
         x_T = jax.random.normal(KEY, (5,), jnp.float64)
 
@@ -425,7 +425,7 @@ def test_eta_for_each_image():
 
 def test_gradients_through_the_sampler_equal_finite_differences():
     timesteps = dj.ddim_timesteps(1000, 4)
-    with jax.enable_x64(True), unchecked():
+    with jax.enable_x64(True):
         x_T = jax.random.normal(KEY, (3,), jnp.float64)
 
         @jax.jit
