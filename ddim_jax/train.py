@@ -8,13 +8,12 @@ the global batch), so one device and many compute the same update.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jaxtyping import Array, Float, Int
 
 from ddim_jax.data import to_model_range
@@ -29,17 +28,16 @@ LossFn = Callable[[Params, PRNGKey, Int[Array, "B"], Batch], Float[Array, "B"]]
 """(params, key of this step, places in the global batch, batch) -> one loss for each example."""
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(NamedTuple):
     """All a run needs to go on; saved and restored as one pytree."""
 
-    step: Int[Array, ""]
-    """Updates done so far."""
+    step: jax.Array
+    """Updates done so far, an int32 scalar."""
     params: Params
     ema_params: Params
     """Moving average of params: the weights to sample with."""
     opt_state: optax.OptState
-    key: PRNGKey
+    key: jax.Array
     """Never changes; step i uses fold_in(key, i)."""
 
 

@@ -3,12 +3,19 @@
 import os
 import pathlib
 import sys
+import tempfile
 import zlib
 
 import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+# The same small networks are compiled by many tests, and by the processes they start.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/ddim_jax_tests_{os.getuid()}"
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
 SHARED = pathlib.Path(os.environ.get("DDIM_JAX_SHARED", ROOT.parent / "shared"))
 sys.path.insert(0, str(ROOT / "experiments"))  # the scripts import each other as when run
 

@@ -58,7 +58,7 @@ def test_sgd_and_average_follow_their_closed_forms(num_microbatches):
 def test_long_runs_average_with_the_given_decay():
     tx = optax.sgd(0.0)
     state = train.init_train_state(jax.random.key(0), jnp.ones(1), tx)
-    state = state.replace(step=jnp.asarray(10**7, jnp.int32), ema_params=jnp.zeros(1))
+    state = state._replace(step=jnp.asarray(10**7, jnp.int32), ema_params=jnp.zeros(1))
     step = functools.partial(train.train_step, loss_fn=quadratic_loss, tx=tx, ema_decay=0.999)
     state, _ = jax.jit(step)(state, {"x": jnp.zeros((2, 1))})
     np.testing.assert_allclose(state.ema_params, [0.001], rtol=1e-4)

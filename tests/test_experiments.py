@@ -1,0 +1,218 @@
+"""The scripts, run as their users run them, on a network small enough to compile in seconds."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+pytest.importorskip("tyro")
+pytest.importorskip("sklearn")
+
+import pictures
+import sample
+import train
+from presets import PRESETS, ModelConfig
+from workdir import load_trained, read_config, write_config
+
+from ddim_jax.checkpoint import Checkpointer
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SMALL = dataclasses.replace(
+    PRESETS["digits"][1],
+    model=ModelConfig(
+        channels=8,
+        channel_mults=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        dropout=0.1,
+        norm_groups=4,
+    ),
+    batch_size=16,
+    max_steps=6,
+    log_every=2,
+    sample_every=0,
+    checkpoint_every=100,
+)
+
+
+def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("model")
+    train.run(dataclasses.replace(SMALL, workdir=str(workdir), sample_every=6))
+    return workdir
+
+
+def leaves(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """Everything in the newest checkpoint, read back without a template of ours."""
+    import orbax.checkpoint as ocp
+
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
+        step = checkpointer.latest_step()
+    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "default")
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(trained, tmp_path):
+    for max_steps in (3, 6):
+        train.run(
+            dataclasses.replace(SMALL, workdir=str(tmp_path), max_steps=max_steps, sample_every=6)
+        )
+    straight, resumed = leaves(trained), leaves(tmp_path)
+    assert straight.keys() == resumed.keys()
+    assert {"params", "ema_params", "opt_state"} <= {name.split("'")[1] for name in straight}
+    for name in straight:
+        np.testing.assert_array_equal(straight[name], resumed[name], err_msg=name)
+
+
+def test_max_seconds_stops_with_a_checkpoint_and_the_next_call_goes_on(tmp_path):
+    config = dataclasses.replace(SMALL, workdir=str(tmp_path), max_steps=3)
+    train.run(dataclasses.replace(config, max_seconds=1e-9))
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        assert checkpointer.latest_step() == 1
+    train.run(config)
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        assert checkpointer.latest_step() == 3
+
+
+def test_a_run_leaves_its_settings_its_losses_and_its_pictures(trained):
+    config = read_config(trained)
+    assert config["image_shape"] == [8, 8, 1]
+    assert config["batch_size"] == 16
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert PIL.Image.open(trained / "samples" / "step_0000006.png").size[0] >= 8 * 8
+    assert list((trained / "tensorboard").glob("events*"))
+
+
+def test_a_workdir_of_another_run_is_refused_and_left_alone(trained):
+    before = (trained / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"another configuration: .*learning_rate is 0.001 there"):
+        train.run(dataclasses.replace(SMALL, workdir=str(trained), learning_rate=0.5))
+    assert (trained / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"data": "no/such/folder"}, "no/such/folder"),
+        ({"model": ModelConfig(channels=8, norm_groups=3)}, "norm_groups"),
+        ({"model": dataclasses.replace(SMALL.model, channel_mults=(1, 1, 1, 1, 1))}, "divisible"),
+        ({"model": dataclasses.replace(SMALL.model, num_classes=7)}, "num_classes"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(change, message, tmp_path):
+    workdir = tmp_path / "new"
+    with pytest.raises(ValueError, match=message):
+        train.run(dataclasses.replace(SMALL, workdir=str(workdir), **change))
+    assert not workdir.exists()
+
+
+def test_a_spoilt_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    config = dataclasses.replace(SMALL, workdir=str(tmp_path), max_steps=2)
+    train.run(config)
+    with pytest.raises(FloatingPointError, match=r"step \d+ is nan"):
+        # NaN from a clean optimizer state: Adam with an infinite rate.
+        blown = dataclasses.replace(config, max_steps=30, learning_rate=float("inf"))
+        (tmp_path / "config.json").unlink()  # the rate is another configuration
+        train.run(blown)
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        assert checkpointer.latest_step() == 2
+
+
+def test_conditional_training_and_sampling_use_the_labels(tmp_path):
+    model = dataclasses.replace(SMALL.model, num_classes=10)
+    config = dataclasses.replace(SMALL, workdir=str(tmp_path), model=model, max_steps=2)
+    train.run(config)
+    assert load_trained(tmp_path).network.model.num_classes == 10
+    sample.main(
+        sample.SampleConfig(str(tmp_path), str(tmp_path / "s"), num_images=3, num_sample_steps=2)
+    )
+
+
+def draw(trained, out, **changes) -> np.ndarray:
+    config = sample.SampleConfig(
+        workdir=str(trained), out=str(out), num_images=5, num_sample_steps=4, save_npz=True
+    )
+    sample.main(dataclasses.replace(config, **changes))
+    with np.load(out / "samples.npz") as file:
+        return file["images"]
+
+
+def test_samples_are_written_once_each_and_do_not_depend_on_the_batch(trained, tmp_path, capsys):
+    images = draw(trained, tmp_path / "a", eta=1.0)
+    assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8
+    assert sorted(p.name for p in (tmp_path / "a").glob("0*.png")) == [
+        f"{i:05d}.png" for i in range(5)
+    ]
+    for i in range(5):
+        np.testing.assert_array_equal(
+            np.asarray(PIL.Image.open(tmp_path / "a" / f"{i:05d}.png")), images[i, ..., 0]
+        )
+    assert "ema weights of step 6" in capsys.readouterr().out
+    in_twos = draw(trained, tmp_path / "b", eta=1.0, batch_size=2)
+    assert np.abs(images.astype(int) - in_twos).max() <= 1
+    assert (images != in_twos).mean() < 1e-2
+    other = draw(trained, tmp_path / "c", eta=1.0, seed=1)
+    assert (images != other).mean() > 0.3
+
+
+def test_the_rows_of_the_table_are_different_samplers(trained, tmp_path):
+    settings = [{"eta": 0.0}, {"eta": 0.5}, {"eta": 1.0}, {"sigma_hat": True},
+                {"spacing": "quadratic"}, {"weights": "raw"}]  # fmt: skip
+    drawn = [draw(trained, tmp_path / str(i), **s) for i, s in enumerate(settings)]
+    for i in range(len(drawn)):
+        for j in range(i):
+            assert (drawn[i] != drawn[j]).any(), (settings[i], settings[j])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--num-sample-steps", "1001"], "num_sample_steps"),
+        (["--eta", "-0.5"], "eta must be at least 0"),
+        (["--num-images", "0"], "num_images"),
+    ],
+)
+def test_sample_refuses_in_one_line_with_exit_code_2(trained, tmp_path, arguments, message):
+    done = script(
+        "experiments/sample.py", "--workdir", str(trained), "--out", str(tmp_path), *arguments
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        load_trained(tmp_path)
+    write_config(tmp_path, json.loads((ROOT / "tests" / "tiny_config.json").read_text()))
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        load_trained(tmp_path)
+
+
+def test_a_grid_shows_each_image_in_its_place():
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+    picture = pictures.tile(images, columns=3)
+    assert picture.shape == (5, 8, 1)
+    assert picture[0, 0, 0] == 0 and picture[3, 6, 0] == 5 and picture[2, 0, 0] == 255
+    assert pictures.enlarge(picture, 10).shape == (10, 16, 1)
