@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -27,8 +29,10 @@ def encode_fixed_point(
     method of depth 1. x_0 is (B, ...), each image solved by itself.
 
     Exactly len(timesteps) * num_iterations network calls, against len(timesteps) of `encode`. Six
-    bring smooth networks at 50 steps to float32's rounding. The steps must be invertible: where a
-    decoding step merges different x_next, as for data without width, no iteration finds the one.
+    bring smooth networks at 50 steps to float32's rounding. A decoding step that leaves little of
+    the noise is hard to invert, and impossible where the network merges different x_next (data
+    without width, such as a black background): there, prefer lists with small low steps, such as
+    "quadratic", to more iterations.
     Raises ValueError for num_iterations < 1, and as `encode` does.
     Source: the implicit form of eq. 12; Anderson 1965 (doi:10.1145/321296.321305).
     """
@@ -53,10 +57,10 @@ def encode_fixed_point(
     return x_T
 
 
-def _anderson(f, x: jax.Array, num_iterations: int) -> jax.Array:
-    """x with x = f(x), after calling f `num_iterations` times from the first guess x (B, ...)."""
+def _anderson(f: Callable[[jax.Array], jax.Array], x: jax.Array, num_calls: int) -> jax.Array:
+    """x with x = f(x), after `num_calls` calls of f from the first guess x (B, ...)."""
 
-    def body(carry, _):
+    def body(carry, i):
         x, value_before, residual_before = carry
         value = f(x)
         residual = value - x
@@ -64,12 +68,11 @@ def _anderson(f, x: jax.Array, num_iterations: int) -> jax.Array:
         # How far to go back towards the previous value, so that the residual, taken as linear,
         # is smallest. Per image: a neighbour in the batch must not change the answer.
         weight = _dot(change, residual) / jnp.maximum(_dot(change, change), 1e-30)
-        step = expand_level(weight, x) * (value - value_before)
-        return ((value - step).astype(x.dtype), value, residual), None
+        weight = jnp.where(i == 0, 0.0, weight)  # nothing to go back to yet
+        x = value - expand_level(weight, x) * (value - value_before)
+        return (x.astype(value.dtype), value, residual), None
 
-    value = f(x)
-    carry = (value, value, value - x)
-    (x, _, _), _ = jax.lax.scan(body, carry, length=num_iterations - 1)
+    (x, _, _), _ = jax.lax.scan(body, (x, x, x), jnp.arange(num_calls))
     return x
 
 
