@@ -17,6 +17,7 @@ from ddim_jax.metrics.inception import (
     fetch_weights,
     inception,
     inception_features,
+    inception_input,
     load_inception,
     params_from_state_dict,
 )
@@ -45,6 +46,20 @@ def test_golden_features_at_four_depths(params, golden, state_dict, case):
     # The stored features end before the last layer, a plain affine map.
     logits = arrays[f"{case}/pool2048"] @ state_dict["fc.weight"].T + state_dict["fc.bias"]
     np.testing.assert_allclose(got.logits, logits, atol=1e-4 * logits.std())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (500, 333), (299, 299), (1, 2)])
+def test_resize_is_bilinear_between_pixel_centres_whatever_the_size(size):
+    images = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
+    want = images[0] / 127.5 - 1
+    for axis, length in enumerate(size):
+        position = np.clip((np.arange(299) + 0.5) * length / 299 - 0.5, 0, length - 1)
+        low = np.floor(position).astype(int)
+        high = np.minimum(low + 1, length - 1)
+        share = np.expand_dims(position - low, (1, 2) if axis == 0 else (0, 2))
+        want = want.take(low, axis) * (1 - share) + want.take(high, axis) * share
+    # Positions are float32, as in torch, so far pixels are blended to 1e-4 only.
+    np.testing.assert_allclose(inception_input(images)[0], want, atol=2e-4)
 
 
 def test_inputs_that_are_no_images_are_refused(params):

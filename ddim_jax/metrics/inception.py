@@ -179,10 +179,15 @@ class _Inception(nn.Module):
 
 
 def inception(params: InceptionParams, images: Images) -> InceptionOutput:
-    """Features at every depth and logits of uint8 images of any size, grey or RGB.
+    """Features at every depth and logits of uint8 images; see `inception_input` for errors."""
+    return cast(InceptionOutput, _Inception().apply({"params": params}, inception_input(images)))
 
-    Images are resized to 299 as torch does by default (bilinear, half-pixel centres, no
-    antialiasing) and scaled to [-1, 1]. Raises ValueError on another dtype or channel count.
+
+def inception_input(images: Images) -> Float[Array, "B 299 299 3"]:
+    """What the network sees, in [-1, 1], of uint8 images of any size, grey or RGB.
+
+    Resized as torch does by default: bilinear, half-pixel centres, no antialiasing. Raises
+    ValueError on another dtype or channel count.
     """
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"images must have shape (B, H, W, 1 or 3); got {images.shape}.")
@@ -193,8 +198,7 @@ def inception(params: InceptionParams, images: Images) -> InceptionOutput:
         )
     x = jnp.broadcast_to(images, (*images.shape[:-1], 3)) / jnp.float32(255)
     size = (x.shape[0], IMAGE_SIZE, IMAGE_SIZE, 3)
-    x = jax.image.resize(x, size, "bilinear", antialias=False, precision=_PRECISION)
-    return cast(InceptionOutput, _Inception().apply({"params": params}, 2 * x - 1))
+    return 2 * jax.image.resize(x, size, "bilinear", antialias=False, precision=_PRECISION) - 1
 
 
 @jax.jit

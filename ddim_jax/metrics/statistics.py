@@ -165,8 +165,10 @@ def feature_batches(
     batch_size, before = 0, None
     for images in batches:
         batch_size = max(batch_size, len(images))
-        filling = [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)]
-        now = network(np.pad(images, filling)), len(images)
+        num_images = len(images)
+        if num_images < batch_size:
+            images = np.pad(images, [(0, batch_size - num_images), (0, 0), (0, 0), (0, 0)])
+        now = network(images), num_images
         if before is not None:
             yield _on_host(*before)
         before = now
