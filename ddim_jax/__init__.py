@@ -5,11 +5,17 @@ metrics are modules to import by name (`ddim_jax.unet`, `ddim_jax.train`, ...), 
 loads neither flax, orbax, tensorflow nor matplotlib.
 """
 
+from ddim_jax.bound import BoundTerms as BoundTerms
+from ddim_jax.bound import fixed_large_sigmas as fixed_large_sigmas
+from ddim_jax.bound import process_sigmas as process_sigmas
+from ddim_jax.bound import variational_bound as variational_bound
+from ddim_jax.bound import variational_weights as variational_weights
 from ddim_jax.denoisers import clip_x0 as clip_x0
 from ddim_jax.denoisers import from_score as from_score
 from ddim_jax.denoisers import from_v as from_v
 from ddim_jax.denoisers import from_x0 as from_x0
 from ddim_jax.denoisers import guided as guided
+from ddim_jax.inversion import encode_fixed_point as encode_fixed_point
 from ddim_jax.keys import image_keys as image_keys
 from ddim_jax.keys import initial_noise as initial_noise
 from ddim_jax.latents import interpolation_grid as interpolation_grid
@@ -18,6 +24,9 @@ from ddim_jax.latents import lerp as lerp
 from ddim_jax.latents import slerp as slerp
 from ddim_jax.losses import antithetic_timesteps as antithetic_timesteps
 from ddim_jax.losses import eps_loss as eps_loss
+from ddim_jax.ode import from_ode_coordinates as from_ode_coordinates
+from ddim_jax.ode import ode_field as ode_field
+from ddim_jax.ode import to_ode_coordinates as to_ode_coordinates
 from ddim_jax.predict import epsilon_to_score as epsilon_to_score
 from ddim_jax.predict import epsilon_to_v as epsilon_to_v
 from ddim_jax.predict import epsilon_to_x0 as epsilon_to_x0
@@ -47,6 +56,9 @@ from ddim_jax.schedule import ddim_timesteps as ddim_timesteps
 from ddim_jax.schedule import linear_schedule as linear_schedule
 from ddim_jax.schedule import scaled_linear_schedule as scaled_linear_schedule
 from ddim_jax.schedule import schedule_from_betas as schedule_from_betas
+from ddim_jax.solvers import dpm_solver_pp_2m as dpm_solver_pp_2m
+from ddim_jax.solvers import heun as heun
+from ddim_jax.solvers import probability_flow_euler as probability_flow_euler
 from ddim_jax.steps import ddim_sigma as ddim_sigma
 from ddim_jax.steps import ddim_sigma_hat as ddim_sigma_hat
 from ddim_jax.steps import ddim_step as ddim_step

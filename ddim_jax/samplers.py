@@ -158,7 +158,7 @@ def sample_trajectory(
     x_T: Data,
     timesteps: Timesteps,
     sampler: Sampler = ddim(),  # noqa: B008 (immutable)
-) -> tuple[Float[Array, "S+1 *shape"], Float[Array, "S *shape"]]:
+) -> tuple[Float[Array, "states *shape"], Float[Array, "steps *shape"]]:
     """Every state and every data prediction of `sample`, whose arguments these are.
 
     states[0] is x_T and states[-1] is x_0; x0_predictions[i] is x0_hat seen from states[i].
