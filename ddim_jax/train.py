@@ -7,6 +7,7 @@ the global batch), so one device and many compute the same update.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -100,12 +101,20 @@ def diffusion_loss(
         loss = eps_loss(loss_key, eps_fn, schedule, x0, t=t, norm=norm)
         return loss * x0.size if reduction == "sum" else loss
 
+    num_steps = schedule.num_steps
+
     def loss_fn(params, key, indices, batch):
+        if jax.random.key_impl(key) != "threefry2x32":
+            raise ValueError(
+                "key must be of the threefry2x32 generator: under vmap the hardware generators "
+                f"give every example the same noise; got {jax.random.key_impl(key)}. "
+                'Make it with jax.random.key(seed, impl="threefry2x32").'
+            )
         t_key, key = jax.random.split(key)
         if timesteps == "antithetic":
-            t = antithetic_timesteps(t_key, indices, batch_size, schedule.num_steps)
+            t = antithetic_timesteps(t_key, indices, batch_size, num_steps)
         else:
-            draw = lambda k: jax.random.randint(k, (), 0, schedule.num_steps)  # noqa: E731
+            draw = functools.partial(jax.random.randint, shape=(), minval=0, maxval=num_steps)
             t = jax.vmap(draw)(image_keys(t_key, indices))
         label = batch["label"] if conditional else None
         # One example at a time under vmap: its dropout too then depends on its own key alone.

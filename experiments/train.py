@@ -62,14 +62,15 @@ def run(config: TrainConfig) -> None:
         return train.init_train_state(run_key, params, tx)
 
     # Traced before anything is written: a network that does not fit the images is refused here.
-    template = jax.eval_shape(initial_state, jax.random.key(config.seed))
+    key = jax.random.key(config.seed, impl="threefry2x32")
+    template = jax.eval_shape(initial_state, key)
     write_config(workdir, dataclasses.asdict(config) | {"image_shape": source.image_shape})
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(checkpoints(workdir, config.keep_checkpoints))
         if checkpointer.latest_step() is None:
             # Runs once: on a CPU optimizing this program takes far longer than running it.
             quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-            state = jax.jit(initial_state, compiler_options=quick)(jax.random.key(config.seed))
+            state = jax.jit(initial_state, compiler_options=quick)(key)
         else:
             state = checkpointer.restore(template)
         start = int(state.step)

@@ -162,3 +162,9 @@ def test_the_step_compiles_once():
     state = train.init_train_state(jax.random.key(0), jnp.zeros(2), tx)
     for _ in range(3):
         state, _ = step(state, {"x": jnp.ones((4, 2))})
+
+
+def test_hardware_generators_are_refused():
+    loss_fn = train.diffusion_loss(zero_network, SCHEDULE, batch_size=8)
+    with pytest.raises(ValueError, match=r"threefry2x32.*got rbg"):
+        loss_fn({}, jax.random.key(0, impl="rbg"), jnp.arange(8), {"image": IMAGES})
