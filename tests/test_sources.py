@@ -300,6 +300,12 @@ def test_lsun_has_its_short_side_scaled_and_its_centre_kept(tmp_path):
     np.testing.assert_allclose(source[1]["image"][8:-8], np.full((240, 256, 3), 70), atol=2)
 
 
+def test_a_record_that_is_no_image_is_named(tmp_path):
+    write_tfds(tmp_path, "mnist", [encoded(UINT8[0, ..., 0]), b"no image"], (4, 4, 1))
+    with pytest.raises(ValueError, match="record 1 of mnist.* cannot be read as an image"):
+        data.load_images("mnist", data_dir=tmp_path)
+
+
 def test_what_is_not_prepared_comes_with_the_command(tmp_path):
     pytest.importorskip("tensorflow_datasets")
     with pytest.raises(ValueError) as error:
