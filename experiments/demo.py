@@ -189,8 +189,7 @@ def _draw_consistency(path: pathlib.Path, draw: dict[int, Drawer]) -> None:
 
 
 def _save_side_by_side(path: pathlib.Path, left: np.ndarray, right: np.ndarray) -> None:
-    space = np.full((left.shape[0], 6, left.shape[2]), 255, np.uint8)
-    pictures.save_png(path, pictures.enlarge(np.concatenate([left, space, right], axis=1), 560))
+    pictures.save_png(path, pictures.enlarge(pictures.beside(left, right), 560))
 
 
 def _draw_denoising(path, trained, config: DemoConfig) -> None:

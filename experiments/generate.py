@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,33 @@ from workdir import Network
 from ddim_jax.data import to_uint8
 from ddim_jax.keys import initial_noise
 from ddim_jax.parallel import over_devices
-from ddim_jax.samplers import Sampler, Timesteps, ddim, sample
+from ddim_jax.samplers import Sampler, Timesteps, ddim, ddpm, sample
+from ddim_jax.solvers import dpm_solver_pp_2m, heun, probability_flow_euler
 
 SamplerFn = Callable[..., Sampler]
 """(*values) -> Sampler; the values may be traced, so that one program serves all of them."""
+
+SamplerName = Literal["ddim", "ddpm", "heun", "dpm_solver_pp_2m", "probability_flow_euler"]
+
+
+def make_sampler(name: SamplerName, eta: float = 0.0, sigma_hat: bool = False) -> Sampler:
+    """The sampler a command line names; `eta` and `sigma_hat` are DDIM's and refused elsewhere."""
+    if name != "ddim" and (eta != 0 or sigma_hat):
+        raise ValueError(
+            f"eta and sigma_hat must be left out for the sampler {name}, which has neither; "
+            f"got eta {eta:g}, sigma_hat {sigma_hat}. They are options of ddim."
+        )
+    match name:
+        case "ddim":
+            return ddim(eta, sigma_hat=sigma_hat)
+        case "ddpm":
+            return ddpm()
+        case "heun":
+            return heun()
+        case "dpm_solver_pp_2m":
+            return dpm_solver_pp_2m()
+        case "probability_flow_euler":
+            return probability_flow_euler()
 
 
 def image_program(

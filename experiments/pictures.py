@@ -1,8 +1,9 @@
-"""Grids and strips of images, as PNG files a person can see."""
+"""Grids and strips of images, as PNG and GIF files a person can see."""
 
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
@@ -24,6 +25,14 @@ def tile(
     return canvas
 
 
+def beside(
+    left: UInt8[np.ndarray, "H W C"], right: UInt8[np.ndarray, "H W2 C"], gap: int = 6
+) -> UInt8[np.ndarray, "H width C"]:
+    """Two pictures of one height, side by side."""
+    space = np.full((left.shape[0], gap, left.shape[2]), 255, np.uint8)
+    return np.concatenate([left, space, right], axis=1)
+
+
 def enlarge(
     picture: UInt8[np.ndarray, "H W C"], shortest: int = 256
 ) -> UInt8[np.ndarray, "height width C"]:
@@ -35,7 +44,20 @@ def enlarge(
 def save_png(path: pathlib.Path, picture: UInt8[np.ndarray, "H W C"]) -> None:
     """Write a grey (C = 1) or colour (C = 3) picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    PIL.Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path)
+    _to_pil(picture).save(path)
+
+
+def save_gif(
+    path: pathlib.Path, frames: Sequence[UInt8[np.ndarray, "H W C"]], frame_ms: int
+) -> None:
+    """Write pictures of one size as an endless animation, `frame_ms` milliseconds each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *others = map(_to_pil, frames)
+    first.save(path, save_all=True, append_images=others, duration=frame_ms, loop=0)
+
+
+def _to_pil(picture: UInt8[np.ndarray, "H W C"]) -> PIL.Image.Image:
+    return PIL.Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
 
 
 def save_grid(

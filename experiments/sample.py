@@ -15,7 +15,6 @@ import numpy as np
 import pictures
 from workdir import Weights, load_trained
 
-from ddim_jax.samplers import ddim
 from ddim_jax.schedule import Spacing, ddim_timesteps
 
 
@@ -30,11 +29,13 @@ class SampleConfig:
     num_images: int = 64
     """How many images."""
     num_sample_steps: int = 50
-    """S, the number of network evaluations for each image."""
+    """S, the number of steps: one network evaluation each, but two for heun."""
+    sampler: generate.SamplerName = "ddim"
+    """The method; the last three solve DDIM's equation in other ways."""
     eta: float = 0.0
-    """0 is DDIM, 1 is DDPM (eq. 16)."""
+    """0 is DDIM, 1 is DDPM (eq. 16); for the sampler ddim."""
     sigma_hat: bool = False
-    """DDPM's larger variance instead (appendix D.3)."""
+    """DDPM's larger variance instead (appendix D.3); for the sampler ddim."""
     spacing: Spacing | None = None
     """Sub-sequence of time indices; the model's own if not given."""
     seed: int = 0
@@ -52,14 +53,12 @@ def main(config: SampleConfig) -> None:
     for name in ("num_images", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")
-    ddim(config.eta)  # refuses a negative eta before anything is loaded
+    sampler = generate.make_sampler(config.sampler, config.eta, config.sigma_hat)
     trained = load_trained(config.workdir, config.weights)
     network = trained.network
     spacing = config.spacing or network.spacing
     timesteps = ddim_timesteps(network.schedule.num_steps, config.num_sample_steps, spacing)
-    program = generate.image_program(
-        network, timesteps, lambda: ddim(config.eta, sigma_hat=config.sigma_hat)
-    )
+    program = generate.image_program(network, timesteps, lambda: sampler)
     started = time.monotonic()
     images = generate.images(
         program, trained.params, config.num_images, config.batch_size, config.seed
@@ -73,7 +72,10 @@ def main(config: SampleConfig) -> None:
         pictures.save_png(out / f"{i:05d}.png", image)
     if config.save_npz:
         np.savez(out / "samples.npz", images=images)
-    rule = "sigma-hat" if config.sigma_hat else f"eta {config.eta:g}"
+    if config.sampler == "ddim":
+        rule = "sigma-hat" if config.sigma_hat else f"eta {config.eta:g}"
+    else:
+        rule = config.sampler
     print(
         f"{len(images)} images in {out}: {config.weights} weights of step {trained.step}, "
         f"S = {config.num_sample_steps} {spacing}, {rule}, seed {config.seed}, "
