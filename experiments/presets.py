@@ -17,6 +17,10 @@ from ddim_jax.schedule import (
 )
 from ddim_jax.unet import UNet
 
+ROUNDING = "nearest"
+"""How samples become uint8 (`ddim_jax.data.to_uint8`). Every config.json says so: a Frechet
+distance differs with it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -129,7 +133,7 @@ class TrainConfig:
     """Join a cluster of several hosts (jax.distributed)."""
 
 
-CIFAR10 = TrainConfig(data="cifar10", spacing="quadratic")
+CIFAR10 = TrainConfig(data="cifar10", spacing="quadratic", max_steps=790_000)
 
 CELEBA = TrainConfig(
     data="celeb_a",

@@ -23,7 +23,7 @@ import numpy as np
 import pictures
 import tensorboardX
 import tqdm
-from presets import PRESETS, TrainConfig
+from presets import PRESETS, ROUNDING, TrainConfig
 from workdir import Network, checkpoints, write_config
 
 from ddim_jax import data, parallel, train
@@ -64,7 +64,8 @@ def run(config: TrainConfig) -> None:
     # Traced before anything is written: a network that does not fit the images is refused here.
     key = jax.random.key(config.seed, impl="threefry2x32")
     template = jax.eval_shape(initial_state, key)
-    write_config(workdir, dataclasses.asdict(config) | {"image_shape": source.image_shape})
+    facts = {"image_shape": source.image_shape, "rounding": ROUNDING}
+    write_config(workdir, dataclasses.asdict(config) | facts)
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(checkpoints(workdir, config.keep_checkpoints))
         if checkpointer.latest_step() is None:

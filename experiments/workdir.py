@@ -1,7 +1,8 @@
 """A workdir: config.json beside checkpoints/, written by train.py or convert.py, read by the rest.
 
-config.json holds what a network is sampled with ("model", "schedule", "spacing", "image_shape") and
-how it came about. Sampling options are arguments of the scripts and never stored with weights.
+config.json holds what a network is sampled with ("model", "schedule", "spacing", "image_shape",
+"rounding") and how it came about: a run's settings, or "converted_from". Sampling options are
+arguments of the scripts and never stored with weights.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ MAY_CHANGE = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "distributed",
+        "rounding",
     }
 )
 """Settings that a resumed run may give anew; all others decide its result."""
@@ -72,12 +74,17 @@ class Trained:
     weights: Weights
 
     def weights_hash(self) -> str:
-        """SHA-256 of the weights, its first 16 digits: the same weights have the same one."""
-        digest = hashlib.sha256()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
-            digest.update(jax.tree_util.keystr(path).encode())
-            digest.update(np.asarray(leaf).tobytes())
-        return digest.hexdigest()[:16]
+        """See `weights_hash`."""
+        return weights_hash(self.params)
+
+
+def weights_hash(params: Any) -> str:
+    """SHA-256 of the weights, its first 16 digits: the same weights have the same one."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -136,6 +143,12 @@ def load_trained(
 ) -> Trained:
     """The network of a workdir with its averaged weights (or the raw ones), newest step first."""
     network = load_network(workdir)
+    only = read_config(pathlib.Path(workdir)).get("converted_from", {}).get("weights", weights)
+    if weights != only:
+        raise ValueError(
+            f"weights must be {only!r} for {workdir}, which was converted from a file and holds "
+            f"that set alone; got {weights!r}."
+        )
     label = None if network.model.num_classes is None else 0
     shapes = jax.eval_shape(
         lambda key: network.model.init(key, jnp.zeros(network.image_shape), 0, label),

@@ -1,0 +1,249 @@
+"""Make a workdir, which every script takes, of published weights; or publish a workdir's weights.
+
+python experiments/convert.py --from diffusers --path google/ddpm-cifar10-32 --workdir runs/google
+python experiments/convert.py --from ddim --path celeba.ckpt --preset celeba --workdir runs/celeba
+python experiments/convert.py --to diffusers --workdir runs/mine --out mine-for-diffusers
+python experiments/convert.py --to ddim --workdir runs/mine --out mine.ckpt
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+import cli
+import jax
+import tyro
+from presets import PRESETS, ROUNDING, ModelConfig, ScheduleConfig
+from workdir import (
+    Trained,
+    Weights,
+    checkpoints,
+    load_trained,
+    read_config,
+    weights_hash,
+    write_config,
+)
+
+from ddim_jax import convert
+from ddim_jax.convert.diffusers import BETA_SCHEDULES
+from ddim_jax.schedule import Spacing
+from ddim_jax.unet import UNet
+
+Format = Literal["diffusers", "ddim"]
+IMAGE_SHAPES = {
+    "cifar10": (32, 32, 3),
+    "celeba": (64, 64, 3),
+    "bedroom": (256, 256, 3),
+    "church": (256, 256, 3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """Weights from a published format into a workdir (--from), or out of one (--to)."""
+
+    workdir: str
+    """The model: a new folder for --from, for --to one that train.py or convert.py wrote."""
+    source: Annotated[Format | None, tyro.conf.arg(name="from")] = None
+    """Read --path: a diffusers folder or hub id, or a .ckpt or .pth file of the paper's code."""
+    path: str | None = None
+    """What --from reads."""
+    target: Annotated[Format | None, tyro.conf.arg(name="to")] = None
+    """Write --out: a folder that diffusers' pipelines load, or a .ckpt for the paper's code."""
+    out: str | None = None
+    """What --to writes; must not exist."""
+    preset: Literal["cifar10", "celeba", "bedroom", "church"] = "cifar10"
+    """The network of a file that --from ddim reads: it holds weights and no settings."""
+    spacing: Spacing | None = None
+    """Sub-sequence that sampling will use unless told otherwise; the preset's or diffusers'
+    scheduler's if not given."""
+    weights: Weights = "ema"
+    """Which weights to convert: averaged or raw. A file that holds one set does not say which it
+    is; the set is taken, and gets this name."""
+
+
+def main(config: ConvertConfig) -> None:
+    """Convert in the direction asked for."""
+    match config.source, config.target:
+        case "diffusers" | "ddim", None:
+            _into_workdir(config)
+        case None, "diffusers" | "ddim":
+            _out_of_workdir(config)
+        case _:
+            raise ValueError(
+                "give one of --from and --to, each diffusers or ddim; got both or none"
+            )
+
+
+class _Loaded(NamedTuple):
+    """A network with weights, as a file describes it."""
+
+    model: ModelConfig
+    image_shape: tuple[int, int, int]
+    schedule: ScheduleConfig
+    spacing: Spacing
+    params: Any
+    origin: dict[str, str]
+    """What goes into config.json about it."""
+
+
+def _into_workdir(config: ConvertConfig) -> None:
+    if config.path is None:
+        raise ValueError("path must be given with --from: the file, folder or hub id to read.")
+    load = _load_diffusers if config.source == "diffusers" else _load_ddim
+    try:
+        loaded = load(config.path, config)
+    except (OSError, ImportError) as error:  # no such file, no network, an extra not installed
+        raise ValueError(f"path {config.path} cannot be read: {error}") from error
+
+    name = "ema_params" if config.weights == "ema" else "params"
+    workdir = pathlib.Path(config.workdir)
+    settings = {
+        "model": dataclasses.asdict(loaded.model),
+        "schedule": dataclasses.asdict(loaded.schedule),
+        "spacing": config.spacing or loaded.spacing,
+        "image_shape": loaded.image_shape,
+        "rounding": ROUNDING,
+        "converted_from": {
+            "format": config.source,
+            "path": config.path,
+            **loaded.origin,
+            "weights": config.weights,
+            "weights_hash": weights_hash(loaded.params),
+        },
+    }
+    write_config(workdir, settings)
+    with checkpoints(workdir) as checkpointer:
+        checkpointer.save(0, {name: loaded.params})
+    print(
+        f"{loaded.origin['taken']}\nare the {config.weights} weights in {workdir}: "
+        f"{_count(loaded.params)} parameters, hash {weights_hash(loaded.params)}; images "
+        f"{loaded.image_shape}, {loaded.schedule.name} schedule of {loaded.schedule.num_steps} "
+        f"steps, {settings['spacing']} sub-sequence"
+    )
+
+
+def _load_diffusers(path: str, config: ConvertConfig) -> _Loaded:
+    checkpoint = convert.load_diffusers(path)
+    size, taken = checkpoint.image_size, checkpoint.description
+    if checkpoint.scheduler is None:
+        taken += "; no scheduler_config.json beside them, so the schedule is DDPM's, by assumption"
+    scheduler = checkpoint.scheduler or {}
+    return _Loaded(
+        model=_model_config(checkpoint.model),
+        image_shape=(size, size, checkpoint.model.image_channels),
+        schedule=_schedule_config(scheduler),
+        spacing=SPACINGS.get(scheduler.get("timestep_spacing", "leading"), "uniform"),
+        params=checkpoint.params,
+        origin={"taken": taken},
+    )
+
+
+SPACINGS: dict[str, Spacing] = {
+    "leading": "uniform",
+    "linspace": "linspace",
+    "trailing": "trailing",
+}
+"""diffusers' name of a sub-sequence -> ours."""
+
+
+def _load_ddim(path: str, config: ConvertConfig) -> _Loaded:
+    preset, image_shape = PRESETS[config.preset][1], IMAGE_SHAPES[config.preset]
+    params, taken = convert.load_paper_checkpoint(
+        path, preset.model.make(image_shape[-1]), image_shape[0], config.weights
+    )
+    with pathlib.Path(path).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return _Loaded(
+        model=preset.model,
+        image_shape=image_shape,
+        schedule=preset.schedule,
+        spacing=preset.spacing,
+        params=params,
+        origin={"preset": config.preset, "sha256": digest, "taken": taken},
+    )
+
+
+def _model_config(model: UNet) -> ModelConfig:
+    names = {field.name for field in dataclasses.fields(ModelConfig)} - {"dtype"}
+    return ModelConfig(**{name: getattr(model, name) for name in names})
+
+
+def _schedule_config(scheduler: Mapping[str, Any]) -> ScheduleConfig:
+    convert.schedule_from_diffusers(scheduler)  # for its check
+    if scheduler.get("trained_betas") is not None:
+        raise ValueError(
+            "trained_betas must be null in scheduler_config.json, since a workdir describes its "
+            "schedule by a formula; in Python, ddim_jax.convert loads the network and the schedule."
+        )
+    ours = {theirs: name for name, theirs in BETA_SCHEDULES.items()}
+    defaults = ScheduleConfig()
+    return ScheduleConfig(
+        name=ours[scheduler.get("beta_schedule", "linear")],  # pyright: ignore[reportArgumentType]
+        num_steps=scheduler.get("num_train_timesteps", defaults.num_steps),
+        beta_start=scheduler.get("beta_start", defaults.beta_start),
+        beta_end=scheduler.get("beta_end", defaults.beta_end),
+    )
+
+
+def _out_of_workdir(config: ConvertConfig) -> None:
+    if config.out is None:
+        raise ValueError("out must be given with --to: where the converted weights go.")
+    out = pathlib.Path(config.out)
+    if out.exists():
+        raise ValueError(f"out must not exist, so that nothing is overwritten; {out} does.")
+    trained = load_trained(config.workdir, config.weights)
+    if config.target == "diffusers":
+        _save_diffusers(
+            out, trained, ScheduleConfig(**read_config(pathlib.Path(config.workdir))["schedule"])
+        )
+    else:
+        _save_ddim(out, trained)
+    print(
+        f"{config.weights} weights of step {trained.step} of {config.workdir} are in {out}: "
+        f"{_count(trained.params)} parameters, hash {trained.weights_hash()}"
+    )
+
+
+def _save_diffusers(out: pathlib.Path, trained: Trained, schedule: ScheduleConfig) -> None:
+    height, width, _ = trained.network.image_shape
+    if height != width:
+        raise ValueError(f"images must be square for diffusers; the model's are {height}x{width}.")
+    convert.save_diffusers(
+        out,
+        trained.network.model,
+        trained.params,
+        height,
+        schedule=schedule.name,
+        num_steps=schedule.num_steps,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+    )
+
+
+def _save_ddim(out: pathlib.Path, trained: Trained) -> None:
+    model = trained.network.model
+    if model.norm_groups != 32 or model.num_classes is not None:
+        raise ValueError(
+            "norm_groups must be 32 and num_classes None for the paper's code, which has no other "
+            f"network; got {model.norm_groups} and {model.num_classes}. --to diffusers holds both."
+        )
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError("--to ddim needs torch: pip install 'ddim_jax[convert]'") from error
+    state_dict = convert.flax_to_paper(trained.params)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({name: torch.tensor(array) for name, array in state_dict.items()}, out)
+
+
+def _count(params: Any) -> str:
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"
+
+
+if __name__ == "__main__":
+    cli.run(main, ConvertConfig)

@@ -1,0 +1,222 @@
+"""experiments/convert.py: it leaves a workdir like any other, and overwrites nothing."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro")
+
+import convert
+import presets
+import sample
+from convert import ConvertConfig
+from workdir import load_trained, read_config
+
+from ddim_jax.convert import flax_to_paper, save_diffusers
+from ddim_jax.unet import UNet
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+UNITS = UNet(
+    channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), norm_groups=4
+)
+PAPER = presets.ModelConfig(  # as small as the paper's 32 groups allow
+    channels=32, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(16,)
+)
+
+
+@functools.cache
+def weights(model: UNet, image_size: int, seed: int = 0):
+    shape = (image_size, image_size, model.image_channels)
+    return jax.jit(model.init)(jax.random.key(seed), np.zeros(shape, np.float32), 0)["params"]
+
+
+def assert_same(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A diffusers folder of the small network."""
+    save_diffusers(tmp_path / "published", UNITS, weights(UNITS, 8), 8, schedule="scaled_linear")
+    return tmp_path / "published"
+
+
+def from_diffusers(folder, workdir, **changes):
+    convert.main(
+        ConvertConfig(workdir=str(workdir), source="diffusers", path=str(folder), **changes)
+    )
+
+
+def test_a_converted_folder_samples_and_converts_back_to_the_same_files(folder, tmp_path, capsys):
+    workdir, back = tmp_path / "workdir", tmp_path / "back"
+    from_diffusers(folder, workdir)
+    trained = load_trained(workdir)
+    assert_same(trained.params, weights(UNITS, 8))
+    assert trained.weights_hash() in capsys.readouterr().out
+
+    sample.main(
+        sample.SampleConfig(str(workdir), str(tmp_path / "s"), num_images=2, num_sample_steps=2)
+    )
+    assert (tmp_path / "s" / "00001.png").is_file()
+
+    convert.main(ConvertConfig(workdir=str(workdir), target="diffusers", out=str(back)))
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    assert len(files) == 4  # the index, the scheduler, the network, its weights
+    for file in files:
+        assert (back / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def test_config_json_says_how_to_sample_and_what_was_taken(folder, tmp_path):
+    from_diffusers(folder, tmp_path / "w")
+    config = read_config(tmp_path / "w")
+    assert config["image_shape"] == [8, 8, 3]
+    assert config["model"]["attention_resolutions"] == [4]
+    assert config["schedule"]["name"] == "scaled_linear"
+    assert config["spacing"] == "uniform"  # diffusers' "leading"
+    assert config["rounding"] == "nearest"
+    origin = config["converted_from"]
+    assert (origin["format"], origin["path"], origin["weights"]) == (
+        "diffusers", str(folder), "ema")  # fmt: skip
+    assert "144 tensors" in origin["taken"]
+    assert origin["weights_hash"] == load_trained(tmp_path / "w").weights_hash()
+
+
+@pytest.mark.parametrize("name, ours", [("trailing", "trailing"), ("linspace", "linspace")])
+def test_the_schedulers_own_sub_sequence_is_kept_unless_another_is_given(
+    folder, tmp_path, name, ours
+):
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"timestep_spacing": name}))
+    from_diffusers(folder, tmp_path / "w")
+    assert read_config(tmp_path / "w")["spacing"] == ours
+    from_diffusers(folder, tmp_path / "q", spacing="quadratic")
+    assert read_config(tmp_path / "q")["spacing"] == "quadratic"
+
+
+def test_the_same_file_again_is_fine_and_another_model_is_refused(folder, tmp_path):
+    from_diffusers(folder, tmp_path / "w")
+    before = (tmp_path / "w" / "config.json").read_text()
+    from_diffusers(folder, tmp_path / "w")
+    # Other weights of the same network, in the same place: only their hash tells.
+    save_diffusers(folder, UNITS, weights(UNITS, 8, seed=1), 8, schedule="scaled_linear")
+    with pytest.raises(ValueError, match="another configuration: converted_from"):
+        from_diffusers(folder, tmp_path / "w")
+    assert (tmp_path / "w" / "config.json").read_text() == before
+    assert_same(load_trained(tmp_path / "w").params, weights(UNITS, 8))
+
+
+def test_the_set_that_was_not_taken_is_refused_by_name(folder, tmp_path):
+    from_diffusers(folder, tmp_path / "w", weights="raw")
+    assert_same(load_trained(tmp_path / "w", "raw").params, weights(UNITS, 8))
+    with pytest.raises(ValueError, match=r"weights must be 'raw' for .*got 'ema'"):
+        load_trained(tmp_path / "w")
+
+
+def test_a_schedule_without_a_formula_is_refused(folder, tmp_path):
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    betas = np.linspace(0.001, 0.1, 10).tolist()
+    scheduler.write_text(json.dumps({"trained_betas": betas}))
+    with pytest.raises(ValueError, match="trained_betas must be null"):
+        from_diffusers(folder, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({}, "one of --from and --to"),
+        ({"source": "ddim", "target": "ddim"}, "one of --from and --to"),
+        ({"source": "diffusers"}, "path must be given"),
+        ({"target": "diffusers"}, "out must be given"),
+        ({"target": "diffusers", "out": "."}, "out must not exist"),
+        ({"target": "diffusers", "out": "new"}, "has no config.json"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        convert.main(ConvertConfig(workdir=str(tmp_path / "w"), **change))
+    assert not (tmp_path / "w").exists()
+
+
+def test_the_paper_has_no_network_with_other_groups(folder, tmp_path):
+    from_diffusers(folder, tmp_path / "w")
+    out = tmp_path / "new.ckpt"
+    with pytest.raises(ValueError, match="norm_groups must be 32"):
+        convert.main(ConvertConfig(workdir=str(tmp_path / "w"), target="ddim", out=str(out)))
+    assert not out.exists()
+
+
+def test_a_damaged_file_ends_in_one_line_with_exit_code_2(folder, tmp_path):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    done = subprocess.run(
+        [sys.executable, "experiments/convert.py", "--from", "diffusers", "--path", str(folder),
+         "--workdir", str(tmp_path / "w")],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert str(file) in done.stderr and "damaged" in done.stderr
+    assert not (tmp_path / "w").exists()
+
+
+# The paper's files, which need torch
+
+
+@pytest.fixture
+def small_cifar10(monkeypatch):
+    """The preset "cifar10" with a network that converts in a second; returns that network."""
+    label, preset = presets.PRESETS["cifar10"]
+    small = dataclasses.replace(preset, model=PAPER)
+    monkeypatch.setitem(presets.PRESETS, "cifar10", (label, small))
+    return PAPER.make(3)
+
+
+def test_the_papers_list_keeps_the_set_asked_for_and_comes_back_bitwise(small_cifar10, tmp_path):
+    torch = pytest.importorskip("torch")
+    raw, ema = (weights(small_cifar10, 32, seed) for seed in (0, 1))
+    to_tensors = lambda params: {k: torch.tensor(a) for k, a in flax_to_paper(params).items()}  # noqa: E731
+    raw_dict = {f"module.{name}": tensor for name, tensor in to_tensors(raw).items()}
+    path = tmp_path / "ckpt.pth"
+    torch.save([raw_dict, {"state": {}}, 7, 790_000, to_tensors(ema)], path)
+
+    for name, want in [("ema", ema), ("raw", raw)]:
+        workdir, out = tmp_path / name, tmp_path / f"{name}.ckpt"
+        convert.main(
+            ConvertConfig(workdir=str(workdir), source="ddim", path=str(path), weights=name)
+        )
+        assert_same(load_trained(workdir, name).params, want)
+        config = read_config(workdir)
+        assert config["spacing"] == "quadratic" and config["image_shape"] == [32, 32, 3]
+        assert config["converted_from"]["taken"].lower().startswith(name)
+        assert len(config["converted_from"]["sha256"]) == 64
+        convert.main(ConvertConfig(workdir=str(workdir), target="ddim", out=str(out), weights=name))
+        back = torch.load(out, weights_only=True)
+        assert back.keys() == to_tensors(want).keys()
+        assert all(torch.equal(back[key], tensor) for key, tensor in to_tensors(want).items())
+
+
+def test_a_list_without_an_average_is_refused_as_ema(small_cifar10, tmp_path):
+    torch = pytest.importorskip("torch")
+    arrays = flax_to_paper(weights(small_cifar10, 32))
+    path = tmp_path / "ckpt.pth"
+    torch.save([{k: torch.tensor(a) for k, a in arrays.items()}, {}, 7, 790_000], path)
+    with pytest.raises(ValueError, match="no moving average"):
+        convert.main(ConvertConfig(workdir=str(tmp_path / "w"), source="ddim", path=str(path)))
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("form", ["diffusers", "ddim"])
+def test_what_cannot_be_read_is_one_valueerror(form, tmp_path):
+    """No such file, or no torch to read it with."""
+    path = str(tmp_path / "absent.ckpt")
+    with pytest.raises(ValueError, match="absent"):
+        convert.main(ConvertConfig(workdir=str(tmp_path / "w"), source=form, path=path))
