@@ -301,8 +301,9 @@ def test_lsun_has_its_short_side_scaled_and_its_centre_kept(tmp_path):
 
 
 def test_a_record_that_is_no_image_is_named(tmp_path):
-    write_tfds(tmp_path, "mnist", [encoded(UINT8[0, ..., 0]), b"no image"], (4, 4, 1))
-    with pytest.raises(ValueError, match="record 1 of mnist.* cannot be read as an image"):
+    files = [encoded(np.zeros((28, 28), np.uint8)), b"no image"]
+    write_tfds(tmp_path, "mnist", files, (28, 28, 1), labels=[0, 1])
+    with pytest.raises(ValueError, match=r"record 1 of mnist.* cannot be read as an image"):
         data.load_images("mnist", data_dir=tmp_path)
 
 
