@@ -150,6 +150,19 @@ def test_a_covariance_needs_two_samples(count):
         finalize_moments(gather([np.ones((count, 2))], 2))
 
 
+def test_the_benchmark_gives_both_the_same_features():
+    benchmark = pytest.importorskip("benchmark_frechet")
+    config = benchmark.BenchmarkConfig(num_samples=300, dim=32, batch_size=128)
+    a, b = (np.concatenate(list(benchmark.feature_batches(config, side))) for side in range(2))
+    assert a.shape == b.shape == (300, 32) and not np.array_equal(a, b)
+    statistics = [
+        x for moments in (gather([a], 32), gather([b], 32)) for x in finalize_moments(moments)
+    ]
+    np.testing.assert_allclose(
+        frechet_distance(*statistics), benchmark.sqrtm_distance(*statistics), rtol=1e-6
+    )
+
+
 def test_few_samples_warn():
     assert few_samples_warning(2049, 2048) is None
     assert "2048 samples do not exceed the 2048" in (few_samples_warning(2048, 2048) or "")
