@@ -272,11 +272,11 @@ def test_the_import_loads_no_heavy_package():
 
 
 def test_the_import_costs_at_most_a_fifth_of_a_second_over_jax():
-    """In processor time, so that a busy machine does not matter; the best of three."""
+    """In processor time, so that a busy machine does not matter; the better of two."""
     code = (
         "import jax, time; t = time.process_time(); import ddim_jax; print(time.process_time()-t)"
     )
-    assert min(float(run_python(code)) for _ in range(3)) < 0.2
+    assert min(float(run_python(code)) for _ in range(2)) < 0.2
 
 
 def test_the_import_starts_no_backend():

@@ -190,8 +190,9 @@ def test_vmap_of_one_example_losses_is_the_batch():
     x0 = jax.random.normal(KEY, (4, 6))
     keys = jax.random.split(KEY, 4)
     t = jnp.array([0, 5, 500, 999])
-    batch = dj.eps_loss(keys, zero, SCHEDULE, x0, t=t)
-    each = jax.vmap(lambda k, x, t: dj.eps_loss(k[None], zero, SCHEDULE, x[None], t=t[None])[0])
+    run = jax.jit(lambda k, x, t: dj.eps_loss(k, zero, SCHEDULE, x, t=t))
+    batch = run(keys, x0, t)
+    each = jax.jit(jax.vmap(lambda k, x, t: run(k[None], x[None], t[None])[0]))
     np.testing.assert_allclose(each(keys, x0, t), batch, rtol=1e-6)
 
 
