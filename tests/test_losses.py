@@ -1,5 +1,7 @@
 """L_gamma: zero for the true noise, its expectation in closed form, and the draws of t."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,19 @@ def zero(x, t):
     return jnp.zeros_like(x)
 
 
+@functools.partial(jax.jit, static_argnums=2, static_argnames="schedule_length")
+def shown(key, x0, norm="l2", t=None, schedule_length=1000):
+    """The loss of a network that says nothing, and the x_t and t it was shown."""
+    seen = []
+
+    def spy(x, t):
+        seen.append((x, t))
+        return zero(x, t)
+
+    loss = dj.eps_loss(key, spy, dj.linear_schedule(schedule_length), x0, norm=norm, t=t)
+    return loss, *seen[0]
+
+
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_the_loss_of_the_true_noise_is_zero(norm):
     x0 = jax.random.uniform(KEY, (16, 8, 8, 3), minval=-1.0)
@@ -36,7 +51,7 @@ def test_the_loss_of_the_true_noise_is_zero(norm):
 def test_a_network_that_says_nothing_pays_the_norm_of_the_noise(norm, moment, variance):
     """E eps^2 = 1 and E |eps| = sqrt(2 / pi), each a mean over the data's axes."""
     x0 = jnp.zeros((64, 20, 20, 2))
-    loss = dj.eps_loss(KEY, zero, SCHEDULE, x0, norm=norm)
+    loss, *_ = shown(KEY, x0, norm)
     assert abs(loss.mean() - moment) < 4 * np.sqrt(variance / x0.size)
     assert abs(loss.var() * x0[0].size / variance - 1) < 0.8  # each example has its own noise
 
@@ -46,46 +61,30 @@ def test_a_linear_network_pays_its_closed_form(t):
     """eps_fn = c x errs by (1 - c sqrt(1 - ab)) eps - c sqrt(ab) x0, whose mean square is known."""
     c, ab = 0.6, TABLE[t]
     x0 = jax.random.rademacher(jax.random.key(1), (32, 40, 40), jnp.float32)  # x0^2 = 1
-    loss = dj.eps_loss(KEY, lambda x, t: c * x, SCHEDULE, x0, t=jnp.full(32, t))
+    run = jax.jit(lambda t: dj.eps_loss(KEY, lambda x, t: c * x, SCHEDULE, x0, t=t))
+    loss = run(jnp.full(32, t))
     want = (1 - c * np.sqrt(1 - ab)) ** 2 + c**2 * ab
     np.testing.assert_allclose(loss.mean(), want, rtol=0.03)
 
 
 def test_the_network_is_shown_the_noised_data_at_its_index():
-    seen = {}
-
-    def spy(x, t):
-        seen.update(x=x, t=t)
-        return zero(x, t)
-
     x0 = jnp.full((4, 5000), 0.5)
     t = jnp.array([0, 10, 500, 999])
-    loss = dj.eps_loss(KEY, spy, SCHEDULE, x0, t=t)
-    np.testing.assert_array_equal(seen["t"], t)
-    eps = (np.float64(seen["x"]) - np.sqrt(TABLE[t])[:, None] * 0.5) / np.sqrt(1 - TABLE[t])[
-        :, None
-    ]
+    loss, x_t, t_shown = shown(KEY, x0, t=t)
+    np.testing.assert_array_equal(t_shown, t)
+    ab = TABLE[t][:, None]
+    eps = (np.float64(x_t) - np.sqrt(ab) * 0.5) / np.sqrt(1 - ab)
     np.testing.assert_allclose(loss, (eps**2).mean(1), rtol=2e-3)
+    # For the paper's code, which sums over the data's axes:
+    np.testing.assert_allclose(loss * x0[0].size, (eps**2).sum(1), rtol=2e-3)
     assert np.all(np.abs(eps.mean(1)) < 4 / np.sqrt(5000))
-    assert np.all(np.abs(np.corrcoef(eps) - np.eye(4)) < 4 / np.sqrt(5000))
+    assert np.all(np.abs(np.corrcoef(eps) - np.eye(4)) < 4 * np.sqrt(2 / 5000))
 
 
 def test_indices_are_drawn_uniformly_from_the_whole_schedule():
-    schedule = dj.linear_schedule(10)
-    seen = []
-    dj.eps_loss(KEY, lambda x, t: seen.append(t) or zero(x, t), schedule, jnp.zeros((20_000, 1)))
-    counts = np.bincount(seen[0], minlength=10)
+    _, _, t = shown(KEY, jnp.zeros((20_000, 1)), schedule_length=10)
+    counts = np.bincount(t, minlength=10)
     assert len(counts) == 10 and np.all(np.abs(counts - 2000) < 4 * np.sqrt(2000 * 0.9))
-
-
-def test_the_papers_sum_is_the_mean_times_the_size():
-    x0 = jax.random.normal(KEY, (3, 4, 4, 2))
-    t = jnp.array([1, 2, 3])
-    seen = []
-    loss = dj.eps_loss(KEY, lambda x, t: seen.append(x) or zero(x, t), SCHEDULE, x0, t=t)
-    ab = TABLE[np.asarray(t)].reshape(3, 1, 1, 1)
-    eps = (np.float64(seen[0]) - np.sqrt(ab) * np.float64(x0)) / np.sqrt(1 - ab)
-    np.testing.assert_allclose(loss * x0[0].size, (eps**2).sum((1, 2, 3)), rtol=5e-3)
 
 
 # ----------------------------------------------------------------------------------- keys
@@ -105,16 +104,16 @@ def test_an_example_with_its_own_key_does_not_depend_on_the_batch(impl):
 
 def test_keys_decide_the_loss():
     x0 = jnp.zeros((4, 3))
-    one = dj.eps_loss(KEY, zero, SCHEDULE, x0)
-    np.testing.assert_array_equal(dj.eps_loss(jax.random.PRNGKey(0), zero, SCHEDULE, x0), one)
-    assert not np.any(dj.eps_loss(jax.random.key(1), zero, SCHEDULE, x0) == one)
+    one, *_ = shown(KEY, x0)
+    np.testing.assert_array_equal(shown(jax.random.PRNGKey(0), x0)[0], one)
+    assert not np.any(shown(jax.random.key(1), x0)[0] == one)
 
 
 def test_the_index_and_the_noise_are_independent():
-    x0 = jnp.zeros((5000, 4))
-    seen = []
-    loss = dj.eps_loss(KEY, lambda x, t: seen.append(t) or zero(x, t), SCHEDULE, x0)
-    assert abs(np.corrcoef(seen[0], loss)[0, 1]) < 4 / np.sqrt(5000)
+    keys = jax.random.split(KEY, 5000)
+    for key in (KEY, keys):
+        loss, _, t = shown(key, jnp.zeros((5000, 4)))
+        assert abs(np.corrcoef(t, loss)[0, 1]) < 4 / np.sqrt(5000)
 
 
 # --------------------------------------------------------------------------- antithetic indices
@@ -150,24 +149,24 @@ def test_antithetic_indices_are_uniform():
 
 @pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 4, 4, 2)])
 def test_any_shape_with_a_leading_axis(shape):
-    loss = dj.eps_loss(KEY, zero, SCHEDULE, jnp.zeros(shape))
-    assert loss.shape == (3,) and np.isfinite(loss).all()
+    loss, x_t, t = shown(KEY, jnp.zeros(shape))
+    assert loss.shape == t.shape == (3,) and x_t.shape == shape
+    assert np.isfinite(loss).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_data_meets_a_float32_loss(dtype):
-    seen = []
     x0 = jnp.zeros((8, 100), dtype)
-    loss = dj.eps_loss(KEY, lambda x, t: seen.append(x.dtype) or zero(x, t), SCHEDULE, x0)
-    assert seen == [dtype] and loss.dtype == jnp.float32
-    want = dj.eps_loss(KEY, zero, SCHEDULE, x0.astype(jnp.float32))
+    loss, x_t, _ = shown(KEY, x0)
+    assert x_t.dtype == dtype and loss.dtype == jnp.float32
+    want, *_ = shown(KEY, x0.astype(jnp.float32))
     np.testing.assert_allclose(loss, want, rtol=1e-5)  # the noise itself is never rounded
 
 
 def test_float64_data_keeps_its_dtype():
     with jax.enable_x64(True):
-        loss = dj.eps_loss(KEY, zero, SCHEDULE, jnp.zeros((2, 3), jnp.float64))
-        assert loss.dtype == jnp.float64
+        loss, x_t, _ = jax.eval_shape(shown, KEY, jnp.zeros((2, 3), jnp.float64))
+    assert loss.dtype == x_t.dtype == jnp.float64
 
 
 def test_the_gradient_descends_to_the_best_network():
