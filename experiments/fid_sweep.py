@@ -1,0 +1,421 @@
+"""Fill the paper's tables: the distance of one model's samples over S and eta.
+
+python experiments/fid_sweep.py --workdir W --stats stats.npz --out DIR --num-samples 50000 \
+    --steps 10 20 50 100 1000 --etas 0 0.2 0.5 1 sigma_hat --spacing quadratic
+python experiments/fid_sweep.py table1-cifar10 --workdir W --stats stats.npz --out DIR
+
+One network compilation for each S serves all etas. Image i depends on (seed, i) alone. Every
+finished cell is a line in DIR/results.jsonl; the cell under way is in DIR/partial.npz every few
+batches, so that a killed sweep, called again, goes on from there to the same numbers. DIR/report.md
+and DIR/report.html show them, beside the paper's for its own tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import io
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import cli
+import generate
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pictures
+import sweep_report
+import tyro
+from measures import Measure, open_measures
+from presets import ROUNDING
+from sweep_report import Eta, PaperTable
+from workdir import Trained, Weights, load_trained
+
+from ddim_jax.metrics.frechet import FeatureMoments, init_moments, update_moments
+from ddim_jax.parallel import over_devices
+from ddim_jax.samplers import ddim
+from ddim_jax.schedule import Spacing, ddim_timesteps
+
+GRID_IMAGES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """One sweep of one model; every field is a command-line option."""
+
+    workdir: str = tyro.MISSING
+    """The model: a folder that train.py or convert.py wrote."""
+    stats: tuple[str, ...] = tyro.MISSING
+    """What statistics.py wrote; several files of different features measure the same samples."""
+    out: str = tyro.MISSING
+    """Where results, sample grids and the report go. A sweep found there is continued."""
+    steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
+    """Numbers of sampling steps S, the columns of the table."""
+    etas: tuple[float | Literal["sigma_hat"], ...] = (0.0, 0.2, 0.5, 1.0, "sigma_hat")
+    """Its rows: 0 is DDIM, 1 is DDPM, sigma_hat DDPM's larger variance (appendix D.3)."""
+    spacing: Spacing | None = None
+    """Sub-sequence of time indices; the model's own if not given."""
+    num_samples: int = 50_000
+    """N, images behind each number: exactly as many."""
+    seed: int = 0
+    """Image i depends on (seed, i) alone."""
+    weights: Weights = "ema"
+    """The averaged weights, or the raw ones."""
+    feature_weights: str | None = None
+    """Weights of the feature network; if not given classifier.safetensors beside the statistics, or
+    Inception's published ones."""
+    batch_size: int | None = None
+    """Images drawn at once; if not given, what fits into the devices' memory."""
+    save_every: int = 10
+    """Batches between two saves of a cell under way."""
+    save_images: bool = False
+    """Also write every image as a PNG."""
+    max_seconds: float | None = None
+    """Stop cleanly after this long; the next call goes on from there."""
+    paper: PaperTable | None = None
+    """Show these numbers of the paper in the report."""
+
+
+_TABLE1 = SweepConfig(steps=(10, 20, 50, 100, 1000), etas=(0.0, 0.2, 0.5, 1.0, "sigma_hat"))
+_TABLE3 = SweepConfig(steps=(10, 20, 50, 100), etas=(0.0, 1.0), spacing="uniform")
+
+TABLES: dict[str, tuple[str, SweepConfig]] = {
+    "table1-cifar10": (
+        "the paper's Table 1, CIFAR-10",
+        dataclasses.replace(_TABLE1, spacing="quadratic", paper="cifar10"),
+    ),
+    "table1-celeba": (
+        "the paper's Table 1, CelebA 64x64",
+        dataclasses.replace(_TABLE1, spacing="uniform", paper="celeba64"),
+    ),
+    "table3-bedroom": (
+        "the paper's Table 3, LSUN bedroom 256x256",
+        dataclasses.replace(_TABLE3, paper="bedroom"),
+    ),
+    "table3-church": (
+        "the paper's Table 3, LSUN church 256x256",
+        dataclasses.replace(_TABLE3, paper="church"),
+    ),
+}
+
+
+class Cell(NamedTuple):
+    """One number of the table."""
+
+    num_steps: int
+    eta: Eta
+
+    @property
+    def name(self) -> str:
+        """For file names."""
+        return sweep_report.cell_name(self.num_steps, self.eta)
+
+
+class Progress(NamedTuple):
+    """A cell under way: images measured so far, and the moments of their features."""
+
+    count: int
+    seconds: float
+    moments: dict[str, FeatureMoments]  # by the measure's name
+
+
+class Batch(NamedTuple):
+    """Images on the devices, and their features for each measure."""
+
+    images: jax.Array
+    features: dict[str, jax.Array]
+
+
+Draw = Callable[[Cell, int], Batch]
+"""(cell, index of the first image) -> one batch, computing."""
+
+
+def main(config: SweepConfig) -> None:
+    """Measure the cells that are missing, then write the report."""
+    started = time.monotonic()
+    _check(config)
+    trained = load_trained(config.workdir, config.weights)
+    config = dataclasses.replace(config, spacing=config.spacing or trained.network.spacing)
+    for num_steps in config.steps:
+        ddim_timesteps(trained.network.schedule.num_steps, num_steps, _spacing(config))
+    measures = open_measures(config.stats, config.feature_weights, trained.network.image_shape)
+    out = pathlib.Path(config.out)
+    settings = _settings(config, trained, measures)
+    there = _read_settings(out, settings, config.batch_size)
+    done = {Cell(line["S"], line["eta"]) for line in sweep_report.read_results(out)}
+    cells = [Cell(s, eta) for s in config.steps for eta in config.etas]
+    missing = [cell for cell in cells if cell not in done]
+
+    if missing:
+        batch_size = _batch_size(there or config.batch_size, trained, measures, config, missing[0])
+        settings["batch_size"] = batch_size
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / "sweep.json", (json.dumps(settings, indent=2) + "\n").encode())
+        draw = _drawer(trained, measures, config, batch_size)
+        _print_estimate(draw, missing, config, batch_size)
+        deadline = started + (config.max_seconds or float("inf"))
+        for cell in missing:
+            draw(cell, 0).images.block_until_ready()  # compiled before its seconds count
+            progress = _measure(cell, draw, measures, config, batch_size, deadline)
+            if progress.count < config.num_samples:
+                print(f"stopped after {config.max_seconds:g} s; call again to go on")
+                break
+            line = _line(cell, progress, measures, settings)
+            _append(out / "results.jsonl", line)
+            (out / "partial.npz").unlink(missing_ok=True)
+            print(sweep_report.describe(line), flush=True)
+    sweep_report.write_report(out, config.paper)
+    print(f"{time.monotonic() - started:.0f} s in this call; see {out / 'report.html'}")
+
+
+def _check(config: SweepConfig) -> None:
+    for name in ("num_samples", "save_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")
+    if config.num_samples < 2:
+        raise ValueError("num_samples must be at least 2, for a covariance; got 1.")
+    for name in ("steps", "etas", "stats"):
+        values = getattr(config, name)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} must be one or more different values; got {values}.")
+    for eta in config.etas:
+        if eta != "sigma_hat":
+            ddim(eta)  # refuses a negative eta
+
+
+def _spacing(config: SweepConfig) -> Spacing:
+    assert config.spacing is not None
+    return config.spacing
+
+
+def _settings(config: SweepConfig, trained: Trained, measures: list[Measure]) -> dict[str, Any]:
+    """What every cell of a sweep has in common, and decides its numbers."""
+    return {
+        "num_samples": config.num_samples,
+        "spacing": config.spacing,
+        "seed": config.seed,
+        "rounding": ROUNDING,
+        "weights": {
+            "kind": config.weights,
+            "step": trained.step,
+            "hash": trained.weights_hash(),
+        },
+        "measures": {
+            measure.name: {
+                "features": measure.network.name,
+                "dim": len(measure.statistics.mean),
+                "network_hash": measure.network.content_hash[:16],
+                "statistics_hash": measure.statistics.content_hash[:16],
+                "statistics_of": dict(measure.statistics.data),
+                "statistics_num_samples": measure.statistics.num_samples,
+            }
+            for measure in measures
+        },
+    }
+
+
+def _read_settings(out: pathlib.Path, wanted: dict[str, Any], batch_size: int | None) -> int | None:
+    """The batch size of the sweep in `out`; ValueError if that is another sweep."""
+    path = out / "sweep.json"
+    if not path.exists():
+        return None
+    there = json.loads(path.read_text())
+    wanted = wanted | {"batch_size": batch_size or there["batch_size"]}
+    differ = [
+        f"{key} is {there.get(key)!r} there and {wanted.get(key)!r} now"
+        for key in sorted(there.keys() | wanted.keys())
+        if there.get(key) != wanted.get(key)
+    ]
+    if differ:
+        raise ValueError(
+            f"out {out} holds another sweep: {'; '.join(differ)}. Give the same settings to "
+            "continue it, or another folder."
+        )
+    return there["batch_size"]
+
+
+def _batch_size(
+    given: int | None,
+    trained: Trained,
+    measures: list[Measure],
+    config: SweepConfig,
+    cell: Cell,
+) -> int:
+    """The batch size, in whole shares of the devices; if none was given, one that fits."""
+    devices = jax.local_device_count()
+    if given is not None:
+        if given < 1 or given % devices:
+            raise ValueError(
+                f"batch_size must be a multiple of the {devices} devices; got {given}."
+            )
+        return given
+    height, width, _ = trained.network.image_shape
+    largest = -(-config.num_samples // devices) * devices
+    batch_size = min(max(1, min(256, 2**19 // (height * width))) * devices, largest)
+    while True:
+        try:
+            _drawer(trained, measures, config, batch_size)(cell, 0).images.block_until_ready()
+            return batch_size
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or batch_size == devices:
+                raise
+            print(f"batches of {batch_size} do not fit into memory; trying half", flush=True)
+            batch_size = max(1, batch_size // devices // 2) * devices
+
+
+def _drawer(
+    trained: Trained, measures: list[Measure], config: SweepConfig, batch_size: int
+) -> Draw:
+    """Draws and measures a batch on all devices; one program for each S, whatever eta is."""
+    programs = {
+        num_steps: generate.image_program(
+            trained.network,
+            ddim_timesteps(trained.network.schedule.num_steps, num_steps, _spacing(config)),
+            lambda eta, sigma_hat: ddim(eta, sigma_hat=sigma_hat),
+        )
+        for num_steps in config.steps
+    }
+    networks = {m.name: (over_devices(m.network.apply_fn), m.network.params) for m in measures}
+
+    def draw(cell: Cell, start: int) -> Batch:
+        sigma_hat = cell.eta == "sigma_hat"
+        eta = 0.0 if cell.eta == "sigma_hat" else float(cell.eta)
+        indices = jnp.arange(start, start + batch_size)
+        images = programs[cell.num_steps](trained.params, indices, config.seed, eta, sigma_hat)
+        return Batch(images, {name: fn(params, images) for name, (fn, params) in networks.items()})
+
+    return draw
+
+
+def _print_estimate(draw: Draw, missing: list[Cell], config: SweepConfig, batch_size: int) -> None:
+    """Say how long the cells will take, from one batch of the shortest of them."""
+    shortest = min(missing, key=lambda cell: cell.num_steps)
+    jax.block_until_ready(draw(shortest, 0))
+    started = time.monotonic()
+    jax.block_until_ready(draw(shortest, 0))
+    seconds = time.monotonic() - started
+    steps = sum(cell.num_steps for cell in missing)
+    total = seconds * steps / shortest.num_steps * -(-config.num_samples // batch_size)
+    print(
+        f"{len(missing)} cells of {config.num_samples} images to measure: about "
+        f"{sweep_report.duration(total)} on {jax.local_device_count()} "
+        f"{jax.devices()[0].device_kind}, from {seconds:.2f} s for a batch of {batch_size} at "
+        f"S = {shortest.num_steps}",
+        flush=True,
+    )
+
+
+def _measure(
+    cell: Cell,
+    draw: Draw,
+    measures: list[Measure],
+    config: SweepConfig,
+    batch_size: int,
+    deadline: float,
+) -> Progress:
+    """Draw and measure the cell from where it stands, until it is done or time is up."""
+    out = pathlib.Path(config.out)
+    count, before, moments = _load_progress(out, cell, measures)
+    started = time.monotonic()
+    progress = Progress(count, before, moments)
+    starts = range(count, config.num_samples, batch_size)
+    for number, batch in enumerate(_one_ahead(lambda start: draw(cell, start), starts), 1):
+        size = min(batch_size, config.num_samples - count)
+        if count == 0:
+            shown = np.asarray(batch.images[: min(size, GRID_IMAGES)])
+            pictures.save_grid(out / "samples" / f"{cell.name}.png", shown)
+        if config.save_images:
+            for i, image in enumerate(np.asarray(batch.images)[:size], count):
+                pictures.save_png(out / "images" / cell.name / f"{i:06d}.png", image)
+        moments = {
+            name: update_moments(moments[name], np.asarray(features)[:size])
+            for name, features in batch.features.items()
+        }
+        count += size
+        progress = Progress(count, before + time.monotonic() - started, moments)
+        out_of_time = time.monotonic() > deadline
+        if out_of_time or number % config.save_every == 0:
+            _save_progress(out, cell, progress)
+        if out_of_time:
+            break
+    return progress
+
+
+def _one_ahead(draw: Callable[[int], Batch], starts: range) -> Iterator[Batch]:
+    """The batches, each handed out while the devices compute the next."""
+    before = None
+    for start in starts:
+        now = draw(start)
+        if before is not None:
+            yield before
+        before = now
+    if before is not None:
+        yield before
+
+
+def _save_progress(out: pathlib.Path, cell: Cell, progress: Progress) -> None:
+    arrays: dict[str, Any] = {
+        f"{name}.{field}": array
+        for name, moments in progress.moments.items()
+        for field, array in moments._asdict().items()
+    }
+    file = io.BytesIO()
+    np.savez(file, cell=cell.name, count=progress.count, seconds=progress.seconds, **arrays)
+    _write(out / "partial.npz", file.getvalue())
+
+
+def _load_progress(out: pathlib.Path, cell: Cell, measures: list[Measure]) -> Progress:
+    path = out / "partial.npz"
+    if path.exists():
+        with np.load(path) as file:
+            arrays = dict(file)
+        if str(arrays["cell"]) == cell.name:
+            moments = {
+                m.name: FeatureMoments(*(arrays[f"{m.name}.{f}"] for f in FeatureMoments._fields))
+                for m in measures
+            }
+            return Progress(int(arrays["count"]), float(arrays["seconds"]), moments)
+    return Progress(0, 0.0, {m.name: init_moments(len(m.statistics.mean)) for m in measures})
+
+
+def _line(
+    cell: Cell, progress: Progress, measures: list[Measure], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """A finished cell with its whole protocol; only seconds differ from call to call."""
+    return {
+        "S": cell.num_steps,
+        "eta": cell.eta,
+        "distances": {
+            measure.name: measure.distance(progress.moments[measure.name]) for measure in measures
+        },
+        "seconds": round(progress.seconds, 3),
+        **settings,
+        "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("ddim_jax", "jax", "numpy")},
+        },
+    }
+
+
+def _append(path: pathlib.Path, line: dict[str, Any]) -> None:
+    """Add one line; a kill leaves the old file or the new one, never half a line."""
+    before = path.read_bytes() if path.exists() else b""
+    _write(path, before + (json.dumps(line) + "\n").encode())
+
+
+def _write(path: pathlib.Path, content: bytes) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(content)
+    os.replace(new, path)
+
+
+if __name__ == "__main__":
+    named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
+    cli.run(main, SweepConfig, TABLES if named else None)
