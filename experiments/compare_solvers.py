@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from ddim_jax.ode import to_ode_coordinates
 from ddim_jax.samplers import Sampler, Timesteps, ddim, sample
-from ddim_jax.schedule import Schedule, ddim_timesteps, linear_schedule
+from ddim_jax.schedule import Schedule, Spacing, ddim_timesteps, linear_schedule
 from ddim_jax.solvers import dpm_solver_pp_2m, heun, probability_flow_euler
 
 WEIGHTS, MEANS, STD = (0.3, 0.5, 0.2), (-0.8, 0.1, 0.9), 0.15
@@ -50,6 +50,8 @@ class CompareConfig:
     """Where solvers.png and results.json go."""
     steps: tuple[int, ...] = (5, 10, 20, 50, 100)
     """Numbers of steps S on the paper's schedule."""
+    spacing: Spacing = "quadratic"
+    """Sub-sequence of time indices on the paper's schedule."""
     num_points: int = 400
     """Quantiles of x_T that are followed to x_0."""
 
@@ -60,7 +62,7 @@ def main(config: CompareConfig) -> None:
         raise ValueError(f"num_points must be at least 2; got {config.num_points}.")
     if len(config.steps) < 2:
         raise ValueError(f"steps must name at least two numbers of steps; got {config.steps}.")
-    grids = {s: ddim_timesteps(1000, s) for s in sorted({*config.steps, FEW_STEPS})}
+    grids = {s: ddim_timesteps(1000, s, config.spacing) for s in sorted({*config.steps, FEW_STEPS})}
     with jax.enable_x64(True):  # errors of many steps are below float32's rounding
         x_T = jax.scipy.stats.norm.ppf((np.arange(config.num_points) + 0.5) / config.num_points)
         convergence = _convergence(x_T)
@@ -125,6 +127,11 @@ def solve(
     return jax.jit(lambda x: sample(None, eps_fn, schedule, x, timesteps, sampler))(x_T)
 
 
+def network_calls(name: str, num_steps: int) -> int:
+    """Network calls of so many steps: Heun's method takes two in each but the last."""
+    return 2 * num_steps - 1 if name == "Heun" else num_steps
+
+
 def mean_error(x: Float[Array, "N"], exact: Float[Array, "N"]) -> Float[Array, ""]:
     """Mean absolute difference."""
     return jnp.abs(x - exact).mean()
@@ -147,7 +154,7 @@ def _convergence(x_T: Float[Array, "N"]) -> dict[str, tuple[list[int], list[floa
         for num_steps in (8, 16, 32, 64, 128, 256):
             timesteps = np.arange(FINE, -1, -(FINE // num_steps))
             x_0 = solve(sampler, schedule, x_T, timesteps)
-            calls.append((2 if name == "Heun" else 1) * len(timesteps) - (name == "Heun"))
+            calls.append(network_calls(name, len(timesteps)))
             errors.append(float(mean_error(x_0, exact)))
         curves[name] = (calls, errors)
     return curves
@@ -163,29 +170,32 @@ def _table(steps: list[int], errors: dict[str, list[float]]) -> str:
 
 def _draw(path: pathlib.Path, config: CompareConfig, convergence, few, ends) -> None:
     """Convergence; the same methods in few steps of the paper's schedule; where samples end."""
+    steps = sorted(set(config.steps))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for name, (calls, errors) in convergence.items():
         left.plot(calls, errors, marker="o", markersize=4, label=name)
-        middle.plot(sorted(set(config.steps)), few[name], marker="o", markersize=4, label=name)
-    for order, anchor in [(1, 0.3), (2, 1.0)]:
+        calls = [network_calls(name, s) for s in steps]
+        middle.plot(calls, few[name], marker="o", markersize=4, label=name)
+    for order, anchor in [(1, 0.9), (2, 3.0)]:
         calls = np.array([30.0, 300.0])
         left.plot(calls, anchor * calls ** float(-order), color="grey", linestyle=":")
     left.set(xscale="log", yscale="log", xlabel="network calls", ylabel="mean error of x_0")
     left.set_title("convergence (dotted: orders 1 and 2)", fontsize=10)
     left.legend(fontsize=8)
     middle.set(yscale="log", ylabel="mean error of x_0")
-    middle.set_title("few steps of the paper's schedule", fontsize=10)
-    panels.count_axis(middle, sorted(set(config.steps)), "steps S")
+    middle.set_title(f"the paper's schedule, {config.spacing}", fontsize=10)
+    panels.count_axis(middle, steps, "network calls")
 
-    x = np.linspace(-1.6, 1.8, 300)
+    bins = np.linspace(-2.0, 2.0, 56)
+    x = np.linspace(bins[0], bins[-1], 300)
     density = sum(
         w * np.exp(-((x - m) ** 2) / (2 * STD**2)) / (STD * np.sqrt(2 * np.pi))
         for w, m in zip(WEIGHTS, MEANS, strict=True)
     )
     right.fill_between(x, density, color="lightgrey", label="the data")
     for name in ("DDIM", "probability-flow Euler"):
-        bins = np.linspace(-1.6, 1.8, 50)
-        right.hist(ends[name], bins, density=True, histtype="step", linewidth=1.5, label=name)
+        inside = np.clip(ends[name], bins[0], bins[-1])
+        right.hist(inside, bins, density=True, histtype="step", linewidth=1.5, label=name)
     right.set_title(f"samples of S = {FEW_STEPS}", fontsize=10)
     right.set(xlabel="x_0", ylabel="density")
     right.legend(fontsize=8)

@@ -24,7 +24,7 @@ from ddim_jax.schedule import Spacing, ddim_timesteps
 METHODS = {"DDIM": 0.0, "DDPM": 1.0}
 """Name -> eta."""
 
-NUM_SHOWN = 6
+NUM_SHOWN = 7
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,11 +80,11 @@ def main(config: InterpolateConfig) -> None:
             config.workdir, network, config.data, config.split, config.data_dir
         )
         originals = real.take(source, config.images).image
-        ends = _encode(trained, timesteps, originals, config)
+        ends = jnp.asarray(_encode(trained, timesteps, originals, config))
 
     lines = {
-        "slerp": interpolation_line(*ends, config.num_points, slerp),
-        "lerp": interpolation_line(*ends, config.num_points, lerp),
+        "slerp": interpolation_line(ends[0], ends[1], config.num_points, slerp),
+        "lerp": interpolation_line(ends[0], ends[1], config.num_points, lerp),
     }
     grid = interpolation_grid(noise, config.grid_size, config.grid_size)
     latents = np.concatenate([*lines.values(), *grid])

@@ -41,9 +41,9 @@ class LikelihoodConfig:
     """Which part of the data to measure on."""
     data_dir: str | None = None
     """Where TFDS sets stand."""
-    num_images: int | None = None
-    """The first so many images of the split; all of them if not given."""
-    etas: tuple[float, ...] = (0.2, 0.5)
+    num_images: int | None = 64
+    """The first so many images of the split; None for the whole split."""
+    etas: tuple[float, ...] = (0.8, 0.5)
     """Processes beside fixed_small (eta = 1) and fixed_large; each must be above 0."""
     num_sample_steps: int | None = None
     """S, the number of steps; all of the trained schedule if not given."""
@@ -159,8 +159,10 @@ def _draw(path: pathlib.Path, rows: list[dict], timesteps: np.ndarray) -> None:
         values = np.array([row[term] for row in rows])
         left.barh(names, values, left=bottom, label=term)
         bottom += values
+    for i, total in enumerate(bottom):
+        left.text(total, i, f" {total:.2f}", va="center", fontsize=9)
     left.invert_yaxis()
-    left.set(xlabel="bits per dimension")
+    left.set(xlabel="bits per dimension", xlim=(0, 1.15 * bottom.max()))
     left.legend(fontsize=8)
     for row in rows:
         right.plot(timesteps[:-1], row["each_step"], label=row["process"])

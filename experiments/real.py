@@ -34,7 +34,7 @@ def open_source(
         config = read_config(pathlib.Path(workdir))
         if "data" not in config:
             raise ValueError(f"data must be given: {workdir} does not say what it was trained on.")
-        data, image_size = config["data"], config.get("image_size")
+        data, image_size = str(config["data"]), config.get("image_size")
         data_dir = data_dir or config.get("data_dir")
     source = load_images(data, split=split, data_dir=data_dir, image_size=image_size)
     if len(source) == 0:
@@ -75,7 +75,7 @@ def first(source: ImageSource, num_images: int | None) -> Real:
     return take(source, range(num_images))
 
 
-def eps_fn(network: Network, params: Any, label: jax.Array | int) -> EpsFn:
+def eps_fn(network: Network, params: Any, label: jax.Array) -> EpsFn:
     """The network on images of these classes, which one trained without labels does not see."""
     return network.eps_fn(params, None if network.model.num_classes is None else label)
 

@@ -170,12 +170,12 @@ def _draw(path: pathlib.Path, rows, images, latent, decoded) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 4.2), width_ratios=(1.5, 1), layout="constrained"
     )
-    shown = slice(0, NUM_SHOWN)
-    grid = np.stack([images[shown], latent[shown], *(d[shown] for d in decoded.values())])
+    steps = list(decoded)
+    some = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
+    grid = np.stack([images, latent, *(decoded[s] for s in some)])[:, :NUM_SHOWN]
     panels.show_images(
-        left, grid, rows=["original", f"latent, S = {max(decoded)}", *(f"S = {s}" for s in decoded)]
+        left, grid, rows=["original", f"latent, S = {steps[-1]}", *(f"S = {s}" for s in some)]
     )
-    steps = [row["S"] for row in rows]
     right.plot(steps, [row["mse"] for row in rows], marker="o", label="plain encoding")
     if "implicit_mse" in rows[0]:
         right.plot(steps, [r["implicit_mse"] for r in rows], marker="o", label="implicit encoding")

@@ -24,6 +24,8 @@ from ddim_jax.parallel import over_devices
 from ddim_jax.samplers import sample_trajectory
 from ddim_jax.schedule import Spacing, ddim_timesteps
 
+MAX_FRAMES = 50
+
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoryConfig:
@@ -33,7 +35,7 @@ class TrajectoryConfig:
     """The model: a folder that train.py or convert.py wrote."""
     out: str = "out/trajectory"
     """Where trajectory.png and trajectory.gif go."""
-    num_images: int = 16
+    num_images: int = 9
     """Images in the animation; the strips show the first three."""
     num_sample_steps: int = 50
     """S, the number of steps."""
@@ -98,14 +100,16 @@ def _distance_to_end(x0s) -> np.ndarray:
 
 def _frames(states, x0s) -> list[np.ndarray]:
     """The states left and the predictions right, in time; the last frame stays for a while."""
-    columns = max(1, round(len(states) ** 0.5))
+    columns, num_steps = max(1, round(len(states) ** 0.5)), x0s.shape[1]
 
     def frame(i: int) -> np.ndarray:
-        parts = [pictures.tile(x, columns) for x in (states[:, i], x0s[:, min(i, len(x0s[0]) - 1)])]
-        return pictures.enlarge(pictures.beside(*parts), 192)
+        left = pictures.tile(states[:, i], columns)
+        right = pictures.tile(x0s[:, min(i, num_steps - 1)], columns)
+        # 32 grey levels: noise compresses badly, and nobody sees the difference.
+        return pictures.enlarge(pictures.beside(left, right) // 8 * 8 + 4, 96)
 
-    num_steps = x0s.shape[1]
-    return [frame(i) for i in range(num_steps + 1)] + [frame(num_steps)] * 15
+    shown = np.linspace(0, num_steps, min(num_steps, MAX_FRAMES) + 1).round().astype(int)
+    return [frame(i) for i in shown] + [frame(num_steps)] * 15
 
 
 def _draw(path: pathlib.Path, states, x0s, timesteps, num_columns: int) -> None:
@@ -114,7 +118,7 @@ def _draw(path: pathlib.Path, states, x0s, timesteps, num_columns: int) -> None:
     shown = np.linspace(0, num_steps - 1, min(num_columns, num_steps)).round().astype(int)
     pairs = [strip[i, shown] for i in range(min(3, len(states))) for strip in (states, x0s)]
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 3.4), width_ratios=(1.9, 1), layout="constrained"
+        1, 2, figsize=(11, 3.6), width_ratios=(1.6, 1), layout="constrained"
     )
     panels.show_images(
         left,
