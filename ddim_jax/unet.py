@@ -17,13 +17,18 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+DDPM_INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+ZERO_INIT = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
+"""Nearly zero, so that every block starts as the identity and the network as a constant."""
+
 
 class UNet(nn.Module):
     """A network with the signature of `EpsFn`: `model.apply(variables, x, t)` predicts the noise.
 
     The defaults are the published CIFAR-10 network, 35 746 307 parameters. Parameters and group
     norms are float32 whatever `dtype` is. Dropout is active only with `train=True`, which then
-    needs `rngs={"dropout": key}`. Make the parameters with `jax.jit(model.init)(key, x, t)`.
+    needs `rngs={"dropout": key}`. Make the variables with `model.init(key, x, t)`, not jitted: as
+    one program its random draws take XLA three times as long to compile.
 
     With `num_classes` a label in [0, num_classes] is required: the classes are 0 .. num_classes - 1
     and the index num_classes means "no class", the unconditional half of classifier-free guidance.
@@ -66,13 +71,14 @@ class UNet(nn.Module):
         attention = functools.partial(
             AttentionBlock, norm_groups=self.norm_groups, dtype=self.dtype
         )
+        conv3x3 = functools.partial(_conv3x3, dtype=self.dtype)
         widths = [self.channels * mult for mult in self.channel_mults]
         last = len(widths) - 1
 
         h = x.astype(self.dtype)[None] if x.ndim == 3 else x.astype(self.dtype)
         temb = self._embed(t, label)
 
-        h = _conv3x3(self.channels, dtype=self.dtype, name="conv_in")(h)
+        h = conv3x3(self.channels, name="conv_in")(h)
         skips = [h]
         for level, width in enumerate(widths):
             for block in range(self.num_res_blocks):
@@ -82,13 +88,8 @@ class UNet(nn.Module):
                 skips.append(h)
             if level < last:
                 # Padded right and bottom only, as TensorFlow's "SAME" does on even sizes.
-                h = _conv3x3(
-                    width,
-                    strides=2,
-                    padding=((0, 1), (0, 1)),
-                    dtype=self.dtype,
-                    name=f"down_{level}_downsample",
-                )(h)
+                pad = ((0, 1), (0, 1))
+                h = conv3x3(width, strides=2, padding=pad, name=f"down_{level}_downsample")(h)
                 skips.append(h)
 
         h = residual(widths[-1], name="mid_block_1")(h, temb, train=train)
@@ -103,10 +104,10 @@ class UNet(nn.Module):
                     h = attention(name=f"up_{level}_attn_{block}")(h)
             if level > 0:
                 h = _upsample_nearest(h)
-                h = _conv3x3(width, dtype=self.dtype, name=f"up_{level}_upsample")(h)
+                h = conv3x3(width, name=f"up_{level}_upsample")(h)
 
         h = nn.swish(_group_norm(self.norm_groups, self.dtype, "norm_out")(h))
-        h = _conv3x3(self.image_channels, ZERO_INIT, dtype=self.dtype, name="conv_out")(h)
+        h = conv3x3(self.image_channels, ZERO_INIT, name="conv_out")(h)
         return h.reshape(x.shape).astype(x.dtype)
 
     def _embed(self, t: Int[Array, " N"], label: Int[Array, " M"] | None) -> Float[Array, "B E"]:
@@ -169,11 +170,6 @@ class AttentionBlock(nn.Module):
         q, k, v = (dense(kernel_init=DDPM_INIT, name=name)(h) for name in "qkv")
         h = jax.nn.dot_product_attention(q, k, v)  # scales by C ** -0.5
         return x + dense(kernel_init=ZERO_INIT, name="proj_out")(h).reshape(x.shape)
-
-
-DDPM_INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-ZERO_INIT = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
-"""Nearly zero, so that every block starts as the identity and the network as a constant."""
 
 
 def timestep_embedding(t: Int[Array, " N"], width: int) -> Float[Array, "N E"]:

@@ -16,7 +16,12 @@ from refusals import refused
 from ddim_jax import samplers
 from ddim_jax.convert import load_diffusers, save_diffusers, schedule_from_diffusers
 from ddim_jax.convert.diffusers import config_from_unet, unet_from_config
-from ddim_jax.schedule import ddim_timesteps, linear_schedule
+from ddim_jax.schedule import (
+    cosine_schedule,
+    ddim_timesteps,
+    linear_schedule,
+    scaled_linear_schedule,
+)
 from ddim_jax.unet import UNet
 
 TINY = UNet(
@@ -313,12 +318,29 @@ def test_round_trip_is_bitwise(tmp_path):
         k: v for k, v in CONFIG.items() if k != "_diffusers_version"
     }
     second = load_diffusers(tmp_path / "ours")
+    assert second.scheduler is not None
     assert second.model == first.model
     jax.tree.map(np.testing.assert_array_equal, second.params, first.params)
     np.testing.assert_array_equal(
         schedule_from_diffusers(second.scheduler).alphas_cumprod,
         linear_schedule(1000, 1e-4, 0.03).alphas_cumprod,
     )
+
+
+@pytest.mark.parametrize(
+    "name, make",
+    [
+        ("linear", linear_schedule),
+        ("scaled_linear", scaled_linear_schedule),
+        ("cosine", lambda num_steps, *_: cosine_schedule(num_steps)),
+    ],
+)
+def test_schedules_survive_the_config(tmp_path, name, make):
+    params = load_diffusers(write(tmp_path / "theirs")).params
+    betas = {"beta_start": 1e-3, "beta_end": 0.03}
+    save_diffusers(tmp_path, TINY, params, 8, schedule=name, num_steps=50, **betas)
+    got = schedule_from_diffusers(load_diffusers(tmp_path).scheduler)
+    np.testing.assert_array_equal(got.alphas_cumprod, make(50, 1e-3, 0.03).alphas_cumprod)
 
 
 @pytest.mark.parametrize(
@@ -343,6 +365,8 @@ def test_what_diffusers_cannot_hold_is_refused(tmp_path):
         save_diffusers(out, TINY.clone(num_res_blocks=2), params, 8)
     with refused("betas must lie"):
         save_diffusers(out, TINY, params, 8, beta_start=0.0)
+    with refused("beta_schedule must be one of .* got 'sigmoid'"):
+        save_diffusers(out, TINY, params, 8, schedule="sigmoid")
     assert not out.exists()
 
 
@@ -370,7 +394,7 @@ def test_schedules_are_diffusers_own(config):
     "config, message",
     [
         ({"prediction_type": "v_prediction"}, "prediction_type must be 'epsilon'; .*from_v"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule must be .* got 'sigmoid'"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule must be one of .* got 'sigmoid'"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
     ],
 )

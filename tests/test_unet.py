@@ -65,7 +65,7 @@ def test_published_networks_have_the_published_sizes(name):
     [
         ("tiny", 144),
         ("cifar10", 328),
-        pytest.param("celeba", 390, marks=pytest.mark.slow),
+        ("celeba", 390),
         pytest.param("lsun", 450, marks=pytest.mark.slow),
     ],
 )

@@ -37,7 +37,12 @@ from ddim_jax.schedule import (
 )
 from ddim_jax.unet import UNet
 
-BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+BETA_SCHEDULES = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "cosine": "squaredcos_cap_v2",
+}
+"""Our name of a noise schedule -> diffusers' name."""
 
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
 BIN = "diffusion_pytorch_model.bin"
@@ -86,18 +91,18 @@ def save_diffusers(
     params: Params,
     image_size: int,
     *,
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "linear",
     num_steps: int = 1000,
-    beta_schedule: BetaSchedule = "linear",
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
     clip_sample: bool = False,
 ) -> None:
     """Writes a folder that `DDPMPipeline.from_pretrained` and `DDIMPipeline.from_pretrained` load.
 
-    The schedule's arguments are those of `linear_schedule` and `scaled_linear_schedule`;
-    "squaredcos_cap_v2" is `cosine_schedule`, whatever the betas. `clip_sample` is off as in
-    `ddim_jax.sample`; diffusers' own default is on. Raises ValueError, before anything is written,
-    if diffusers has no such network or `params` are not this model's.
+    `schedule` and the three arguments after it are those of `linear_schedule` and its siblings;
+    the cosine one takes no betas. `clip_sample` is off as in `ddim_jax.sample`; diffusers' own
+    default is on. Raises ValueError, before anything is written, if diffusers has no such network
+    or `params` are not this model's.
     """
     config = config_from_unet(model, image_size)
     state_dict = flax_to_diffusers(params, model)
@@ -105,7 +110,7 @@ def save_diffusers(
     scheduler = {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": num_steps,
-        "beta_schedule": beta_schedule,
+        "beta_schedule": BETA_SCHEDULES.get(schedule, schedule),
         "beta_start": beta_start,
         "beta_end": beta_end,
         "clip_sample": clip_sample,
@@ -262,7 +267,6 @@ def schedule_from_diffusers(scheduler: Mapping[str, Any]) -> Schedule:
 
     Raises ValueError for a schedule we do not have, and for a network that does not predict eps.
     """
-    kind = scheduler.get("beta_schedule", "linear")
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise ValueError(
@@ -275,16 +279,16 @@ def schedule_from_diffusers(scheduler: Mapping[str, Any]) -> Schedule:
         return schedule_from_betas(scheduler["trained_betas"])
     num_steps = scheduler.get("num_train_timesteps", 1000)
     betas = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
-    match kind:
+    match scheduler.get("beta_schedule", "linear"):
         case "linear":
             return linear_schedule(num_steps, *betas)
         case "scaled_linear":
             return scaled_linear_schedule(num_steps, *betas)
         case "squaredcos_cap_v2":
             return cosine_schedule(num_steps)
-    raise ValueError(
-        f"beta_schedule must be 'linear', 'scaled_linear' or 'squaredcos_cap_v2'; got {kind!r}."
-    )
+        case other:
+            names = tuple(BETA_SCHEDULES.values())
+            raise ValueError(f"beta_schedule must be one of {names}; got {other!r}.")
 
 
 def _attends(block_type: str, known: tuple[str, str]) -> bool:
