@@ -79,6 +79,12 @@ def over_devices(fn: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def initialize_distributed() -> None:
-    """Join the other hosts, as the cluster's environment describes them (`jax.distributed`)."""
-    jax.distributed.initialize()
+def initialize_distributed(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Join the other processes, one for each host (`jax.distributed`); before any computation.
+
+    A cluster that JAX knows (Cloud TPU, SLURM, Open MPI, Kubernetes) needs no arguments. Elsewhere
+    all three: host:port of process 0, how many there are, and which this is.
+    """
+    jax.distributed.initialize(coordinator, num_processes, process_id)

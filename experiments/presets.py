@@ -130,7 +130,14 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """How many checkpoints to keep."""
     distributed: bool = False
-    """Join a cluster of several hosts (jax.distributed)."""
+    """Train together with the same command on other hosts (jax.distributed). Cloud TPU, SLURM,
+    Open MPI and Kubernetes say who they are; elsewhere the next three options do."""
+    coordinator: str | None = None
+    """host:port of process 0."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
 
 
 CIFAR10 = TrainConfig(data="cifar10", spacing="quadratic", max_steps=790_000)

@@ -34,7 +34,9 @@ def run(config: TrainConfig) -> None:
     """Train to config.max_steps, or for config.max_seconds, leaving a checkpoint."""
     started = time.monotonic()
     if config.distributed:
-        parallel.initialize_distributed()
+        parallel.initialize_distributed(config.coordinator, config.num_processes, config.process_id)
+        if config.max_seconds is not None and jax.process_count() > 1:
+            raise ValueError("max_seconds must be None with several hosts: their clocks differ.")
     parallel.check_batch_size(config.batch_size, config.num_microbatches)
     workdir = pathlib.Path(config.workdir)
     source = data.load_images(
@@ -65,7 +67,8 @@ def run(config: TrainConfig) -> None:
     key = jax.random.key(config.seed, impl="threefry2x32")
     template = jax.eval_shape(initial_state, key)
     facts = {"image_shape": source.image_shape, "rounding": ROUNDING}
-    write_config(workdir, dataclasses.asdict(config) | facts)
+    if jax.process_index() == 0:
+        write_config(workdir, dataclasses.asdict(config) | facts)
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(checkpoints(workdir, config.keep_checkpoints))
         if checkpointer.latest_step() is None:

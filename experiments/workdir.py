@@ -39,6 +39,9 @@ MAY_CHANGE = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "distributed",
+        "coordinator",
+        "num_processes",
+        "process_id",
         "rounding",
     }
 )
