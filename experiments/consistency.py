@@ -59,6 +59,8 @@ def main(config: ConsistencyConfig) -> None:
     steps = sorted(set(config.steps))
     if len(steps) < 2:
         raise ValueError(f"steps must name at least two numbers of steps; got {config.steps}.")
+    if config.classifier is not None and not pathlib.Path(config.classifier).is_file():
+        raise ValueError(f"classifier must be a file; got {config.classifier}.")
     classifier = None if config.classifier is None else load_classifier(config.classifier)
     trained = load_trained(config.workdir, config.weights)
     images = _draw_images(trained, steps, config)
@@ -93,16 +95,10 @@ def _draw_images(trained: Trained, steps: list[int], config: ConsistencyConfig):
     for timesteps in grids:
         program = generate.image_program(network, timesteps, ddim)
         for method, eta in METHODS.items():
-            images[method].append(
-                generate.images(
-                    program,
-                    trained.params,
-                    config.num_images,
-                    config.batch_size,
-                    config.seed,
-                    eta,
-                )
+            drawn = generate.images(
+                program, trained.params, config.num_images, config.batch_size, config.seed, eta
             )
+            images[method].append(drawn)
     return {method: np.stack(drawn) for method, drawn in images.items()}
 
 

@@ -29,13 +29,13 @@ def open_source(
 
     Raises ValueError if it is unknown or empty, or if its images are not of the network's shape.
     """
-    image_size = None
+    config = read_config(pathlib.Path(workdir))
+    data = data or config.get("data")
     if data is None:
-        config = read_config(pathlib.Path(workdir))
-        if "data" not in config:
-            raise ValueError(f"data must be given: {workdir} does not say what it was trained on.")
-        data, image_size = str(config["data"]), config.get("image_size")
-        data_dir = data_dir or config.get("data_dir")
+        raise ValueError(f"data must be given: {workdir} does not say what it was trained on.")
+    own = data == config.get("data")
+    image_size = config.get("image_size") if own else None
+    data_dir = data_dir or (config.get("data_dir") if own else None)
     source = load_images(data, split=split, data_dir=data_dir, image_size=image_size)
     if len(source) == 0:
         raise ValueError(f"split must hold images; {split!r} of {source.name} is empty.")
