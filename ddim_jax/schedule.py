@@ -40,8 +40,9 @@ class Schedule:
     def alpha_bar(self, t: Index) -> Float[Array, "*index"]:
         """Signal level at index t, in (0, 1]: 1 at t = -1 (clean data), NaN outside [-1, T - 1]."""
         t = _as_index(t)
-        # Plain indexing would clamp or wrap silently; a wrong index must show.
-        level = self.alphas_cumprod.at[t].get(
+        # Plain indexing would clamp or wrap silently. A wrong index must show, and only a wrong one:
+        # else jax_debug_nans would stop at clean data.
+        level = self.alphas_cumprod.at[jnp.where(t == -1, 0, t)].get(
             mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
         )
         return jnp.where(t == -1, jnp.ones_like(level), level)

@@ -473,6 +473,28 @@ def test_gradients_through_encode_and_sigma_hat_are_finite():
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+def test_nothing_alarms_jax_at_its_strictest():
+    """Users debug with these flags: no NaN on the way, no rank promoted, no dtype by surprise."""
+
+    def total(x_T):
+        latent = dj.encode(eps_fn, SCHEDULE, x_T, [900, 0])
+        noisy = dj.sample(KEY, eps_fn, SCHEDULE, latent, [900, 0], dj.ddim(1.0))
+        clipped = dj.sample(KEY, eps_fn, SCHEDULE, noisy, [900, 0], SIGMA_HAT)
+        return jnp.square(clipped).sum() + dj.eps_loss(KEY, eps_fn, SCHEDULE, x_T[0, :, :, 0]).sum()
+
+    def eps_fn(x, t):
+        return 0.5 * x
+
+    with (
+        jax.debug_nans(True),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.checking_leaks(),
+    ):
+        value, gradient = jax.value_and_grad(total)(X_T)
+    assert np.isfinite(value) and np.any(gradient != 0)
+
+
 # ------------------------------------------------------------------------------------ refusals
 
 

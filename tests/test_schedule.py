@@ -97,6 +97,14 @@ def test_alpha_bar_refuses_what_is_no_index(t):
         SCHEDULE.alpha_bar(t)
 
 
+def test_clean_data_is_no_alarm_to_debug_nans():
+    with jax.debug_nans(True):
+        assert SCHEDULE.alpha_bar(-1) == 1
+        assert SCHEDULE.log_snr(-1) == math.inf
+        with pytest.raises(FloatingPointError):
+            SCHEDULE.alpha_bar(1000)
+
+
 def test_alpha_bar_keeps_the_index_shape():
     t = jnp.arange(6).reshape(2, 3)
     np.testing.assert_array_equal(SCHEDULE.alpha_bar(t), SCHEDULE.alphas_cumprod[t])
