@@ -160,7 +160,10 @@ def test_a_damaged_file_ends_in_one_line_with_exit_code_2(folder, tmp_path):
     done = subprocess.run(
         [sys.executable, "experiments/convert.py", "--from", "diffusers", "--path", str(folder),
          "--workdir", str(tmp_path / "w")],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )  # fmt: skip
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
