@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 import cli
+import cycler
 import matplotlib
 import tyro
 
@@ -22,6 +23,7 @@ from ddim_jax.metrics.frechet import few_samples_warning
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
 Eta: TypeAlias = float | Literal["sigma_hat"]
 PaperTable: TypeAlias = Literal["cifar10", "celeba64", "bedroom", "church"]
@@ -104,9 +106,9 @@ def write_report(out: pathlib.Path, paper: PaperTable | None) -> None:
     if not lines:
         return
     theirs = {} if paper is None else paper_values(paper)
-    sections = [_markdown_section(name, lines, theirs) for name in lines[0]["distances"]]
+    sections = [markdown_section(name, lines, theirs) for name in lines[0]["distances"]]
     (out / "report.md").write_text(
-        f"# Distance over steps and eta\n\n{chr(10).join(sections)}\n{_protocol(lines)}\n"
+        f"# Distance over steps and eta\n\n{chr(10).join(sections)}\n{protocol(lines)}\n"
     )
     (out / "report.html").write_text(_html(out, lines, theirs))
 
@@ -151,7 +153,7 @@ def _notes(name: str, lines: list[dict[str, Any]], theirs: Mapping) -> list[str]
     return notes
 
 
-def _protocol(lines: list[dict[str, Any]]) -> str:
+def protocol(lines: list[dict[str, Any]]) -> str:
     """Everything the numbers depend on, in a sentence or two."""
     line = lines[0]
     weights = line["weights"]
@@ -171,7 +173,10 @@ def _protocol(lines: list[dict[str, Any]]) -> str:
     )
 
 
-def _markdown_section(name: str, lines, theirs) -> str:
+def markdown_section(
+    name: str, lines: list[dict[str, Any]], theirs: Mapping[tuple[int, Eta], float]
+) -> str:
+    """Heading, table and notes of one distance."""
     head, *rows = _table(name, lines, theirs)
     table = [head, ["---"] * len(head), *rows]
     return "\n".join(
@@ -185,42 +190,47 @@ def _markdown_section(name: str, lines, theirs) -> str:
     )
 
 
-def _plot(name: str, lines, theirs) -> str:
+def _plots(
+    name: str, lines: list[dict[str, Any]], theirs: Mapping[tuple[int, Eta], float]
+) -> tuple[str, str]:
     """Distance against S and against seconds, as SVG that suits a light and a dark page."""
     grey = "#888888"
-    style = {
+    style: dict[Any, Any] = {
         "svg.hashsalt": "ddim_jax",
-        "axes.edgecolor": grey,
-        "axes.labelcolor": grey,
-        "text.color": grey,
-        "xtick.color": grey,
-        "ytick.color": grey,
-        "axes.prop_cycle": matplotlib.cycler(
+        **{f"{part}.color": grey for part in ("text", "xtick", "ytick")},
+        **{f"axes.{part}": grey for part in ("edgecolor", "labelcolor")},
+        "axes.prop_cycle": cycler.cycler(
             color=["#2f81f7", "#3fb950", "#d29922", "#f0663f", "#a371f7", "#39c5cf"]
         ),
     }
-    steps, etas = _axes(lines)
     with plt.rc_context(style):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-        for eta in etas:
-            cells = sorted((x for x in lines if x["eta"] == eta), key=lambda x: x["S"])
-            values = [x["distances"][name] for x in cells]
-            (ours,) = left.plot(
-                [x["S"] for x in cells], values, marker="o", ms=4, label=method_name(eta)
-            )
-            right.plot([x["seconds"] for x in cells], values, marker="o", ms=4)
-            if name == "fid" and (
-                paper := [(s, theirs[s, eta]) for s in steps if (s, eta) in theirs]
-            ):
-                left.plot(*zip(*paper, strict=True), ":", color=ours.get_color())
-        left.set(xscale="log", yscale="log", xlabel="steps S", ylabel=TITLES[name])
-        left.set_xticks(steps, [str(s) for s in steps])
-        left.minorticks_off()
-        right.set(xscale="log", yscale="log", xlabel=f"seconds for N = {lines[0]['num_samples']}")
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        plt.close(figure)
+        return (
+            _plot(name, lines, "S", "steps S", theirs if name == "fid" else {}),
+            _plot(name, lines, "seconds", f"seconds for N = {lines[0]['num_samples']}", {}),
+        )
+
+
+def _plot(name: str, lines, key: Literal["S", "seconds"], label: str, theirs) -> str:
+    """One line for each eta; the paper's are dotted."""
+    figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
+    steps, etas = _axes(lines)
+    for eta in etas:
+        cells = sorted((x for x in lines if x["eta"] == eta), key=lambda x: x["S"])
+        values = [x["distances"][name] for x in cells]
+        (ours,) = axes.plot([x[key] for x in cells], values, ".-", label=method_name(eta))
+        if paper := [(s, theirs[s, eta]) for s in steps if (s, eta) in theirs]:
+            axes.plot(*zip(*paper, strict=True), ":", color=ours.get_color())
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel=TITLES[name])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+    if key == "S":
+        axes.set_xticks(steps, [str(s) for s in steps])
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
     return file.getvalue()
 
 
@@ -238,7 +248,8 @@ tr:last-child, .note, figcaption { color: GrayText; }
 .best { font-weight: 700; }
 .note { font-size: .9rem; overflow-wrap: anywhere; }
 svg { display: block; width: 100%; height: auto; }
-.plot { overflow-x: auto; } .plot svg { min-width: 34rem; }
+.plots { display: grid; gap: 1rem; margin-top: 1rem; }
+@media (min-width: 45rem) { .plots { grid-template-columns: 1fr 1fr; } }
 .cells { display: grid; gap: .8rem;
   grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
 figure { margin: 0; } figcaption { font-size: .8rem; }
@@ -255,14 +266,16 @@ def _html(out: pathlib.Path, lines: list[dict[str, Any]], theirs: Mapping) -> st
             f"<h2>{TITLES[name]}</h2>",
             _html_table(name, lines, theirs),
             *(f'<p class="note">{html.escape(note)}</p>' for note in _notes(name, lines, theirs)),
-            f'<div class="plot">{_inline_svg(_plot(name, lines, theirs), name)}</div>',
+            '<div class="plots">',
+            *(_inline_svg(x, f"{name}{i}") for i, x in enumerate(_plots(name, lines, theirs))),
+            "</div>",
         ]
     body += [
         "<h2>Samples</h2>",
         '<p class="note">The same latents in every cell: at eta = 0 images stay as S grows.</p>',
         *_html_samples(out, lines),
         "<h2>Protocol</h2>",
-        f'<p class="note">{html.escape(_protocol(lines))}</p>',
+        f'<p class="note">{html.escape(protocol(lines))}</p>',
     ]
     title = f"Distance over steps and eta, N = {lines[0]['num_samples']}"
     return (
@@ -314,13 +327,13 @@ def _html_samples(out: pathlib.Path, lines: list[dict[str, Any]]) -> Iterable[st
         yield "</div>"
 
 
-def _inline_svg(svg: str, name: str) -> str:
+def _inline_svg(svg: str, prefix: str) -> str:
     """The picture without its XML head, its ids made unique within the page."""
     svg = svg[svg.index("<svg") :]
     return (
-        svg.replace('id="', f'id="{name}_')
-        .replace('"#', f'"#{name}_')
-        .replace("url(#", f"url(#{name}_")
+        svg.replace('id="', f'id="{prefix}_')
+        .replace('"#', f'"#{prefix}_')
+        .replace("url(#", f"url(#{prefix}_")
     )
 
 

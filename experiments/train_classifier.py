@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import pathlib
 import time
-from typing import Annotated
 
 import cli
 import jax
@@ -37,10 +36,10 @@ from ddim_jax.metrics.classifier import (
 class ClassifierConfig:
     """One classifier; every field is a command-line option."""
 
-    data: Annotated[str, tyro.conf.Positional]
-    """digits, or the name of a TFDS set with labels."""
-    out: str
+    out: str = tyro.MISSING
     """The folder that gets classifier.safetensors."""
+    data: str = "cifar10"
+    """digits, a TFDS name, or another set with labels."""
     data_dir: str | None = None
     """Where TFDS sets stand; its own default if not given."""
     train_split: str = "train"
@@ -51,16 +50,25 @@ class ClassifierConfig:
     """Resize and crop images to this side."""
     width: int = 32
     """Channels at full size; the features are four times as many."""
-    num_steps: int = 2000
+    num_steps: int = 5000
     """Updates."""
     batch_size: int = 128
     """Images in an update."""
     learning_rate: float = 2e-3
     """Adam's rate at the start; a cosine takes it to 0."""
-    flip: bool = False
-    """Mirror images left to right at random; wrong for digits, right for photos."""
+    flip: bool = True
+    """Mirror images left to right at random."""
     seed: int = 0
     """Of the weights and the order of the data."""
+
+
+PRESETS: dict[str, tuple[str, ClassifierConfig]] = {
+    "digits": (
+        "handwritten digits: seconds",
+        ClassifierConfig(data="digits", width=16, num_steps=300, flip=False),
+    ),
+    "cifar10": ("CIFAR-10; --data takes any other set with labels", ClassifierConfig()),
+}
 
 
 def main(config: ClassifierConfig) -> None:
@@ -134,4 +142,4 @@ def _accuracy(model: Classifier, params, source: data.ImageSource) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main, ClassifierConfig)
+    cli.run(main, ClassifierConfig, PRESETS)
