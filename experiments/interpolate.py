@@ -134,14 +134,16 @@ def _draw(path: pathlib.Path, lines, originals, norms, grid) -> None:
     """Top the two lines, below them the norms of their latents; right the grid."""
     figure = plt.figure(figsize=(11, 4.4), layout="constrained")
     axes = figure.subplot_mosaic([["line", "grid"], ["norm", "grid"]], width_ratios=(1.5, 1))
-    names = list(norms)
+    names, title = list(norms), "a line between two latents"
     if originals is not None:  # the real images above the ends of the line
         top = np.full_like(lines[0], 255)
         top[0], top[-1] = originals
         lines, names = np.concatenate([top[None], lines]), ["real", *names]
-    panels.show_images(axes["line"], lines, rows=names, title="a line between two latents")
+        title = "a line between the latents of two real images"
+    panels.show_images(axes["line"], lines, rows=names, title=title)
     for name, norm in norms.items():
         axes["norm"].plot(np.linspace(0, 1, len(norm)), norm, marker="o", label=name)
+    axes["norm"].axhline(1, color="grey", linestyle=":", label="noise")
     axes["norm"].set(xlabel="fraction", ylabel="norm of the latent / sqrt(d)", ylim=(0, 1.2))
     axes["norm"].legend(loc="lower right")
     panels.show_images(axes["grid"], grid, title="slerp between four latents, at the corners")

@@ -106,7 +106,7 @@ def _frames(states, x0s) -> list[np.ndarray]:
         left = pictures.tile(states[:, i], columns)
         right = pictures.tile(x0s[:, min(i, num_steps - 1)], columns)
         # 32 grey levels: noise compresses badly, and nobody sees the difference.
-        return pictures.enlarge(pictures.beside(left, right) // 8 * 8 + 4, 96)
+        return pictures.enlarge(pictures.beside(left, right) // 8 * 8 + 4, 128)
 
     shown = np.linspace(0, num_steps, min(num_steps, MAX_FRAMES) + 1).round().astype(int)
     return [frame(i) for i in shown] + [frame(num_steps)] * 15
