@@ -59,11 +59,9 @@ class ConvertConfig:
     preset: Literal["cifar10", "celeba", "bedroom", "church"] = "cifar10"
     """The network of a file that --from ddim reads: it holds weights and no settings."""
     spacing: Spacing | None = None
-    """Sub-sequence that sampling will use unless told otherwise; the preset's or diffusers'
-    scheduler's if not given."""
+    """Sub-sequence to sample with; the preset's or diffusers' scheduler's if not given."""
     weights: Weights = "ema"
-    """Which weights to convert: averaged or raw. A file that holds one set does not say which it
-    is; the set is taken, and gets this name."""
+    """Averaged or raw; a file that holds one set does not say which, and its set gets this name."""
 
 
 def main(config: ConvertConfig) -> None:

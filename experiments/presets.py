@@ -130,12 +130,11 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """How many checkpoints to keep."""
     distributed: bool = False
-    """Train together with the same command on other hosts (jax.distributed). Cloud TPU, SLURM,
-    Open MPI and Kubernetes say who they are; elsewhere the next three options do."""
+    """Train with the same command on other hosts; SLURM and Cloud TPU need no other option."""
     coordinator: str | None = None
-    """host:port of process 0."""
+    """host:port of process 0, where the cluster does not say."""
     num_processes: int | None = None
-    """How many processes there are."""
+    """How many processes there are, one for each host."""
     process_id: int | None = None
     """Which of them this is, from 0."""
 

@@ -1,0 +1,44 @@
+"""The named configurations against what was published: DDPM's and DDIM's papers and code."""
+
+import jax
+import pytest
+
+pytest.importorskip("tyro")
+
+from convert import IMAGE_SHAPES
+from presets import PRESETS, ScheduleConfig
+
+from ddim_jax.convert.tensors import parameter_shapes
+
+# channel_mults, dropout, EMA decay, batch, rate, clipping, sub-sequence, steps, parameters
+CIFAR10 = (1, 2, 2, 2), 0.1, 0.9999, 128, 2e-4, 1.0, "quadratic", 790_000, 35_746_307
+CELEBA = (1, 2, 2, 2, 4), 0.1, 0.9999, 128, 2e-4, 1.0, "uniform", None, 78_700_803
+BEDROOM = (1, 1, 2, 2, 4, 4), 0.0, 0.999, 64, 2e-5, None, "uniform", 2_388_000, 113_673_219
+CHURCH = (*BEDROOM[:7], 4_432_000, BEDROOM[8])
+
+
+@pytest.mark.parametrize(
+    "name, published",
+    [("cifar10", CIFAR10), ("celeba", CELEBA), ("bedroom", BEDROOM), ("church", CHURCH)],
+)
+def test_published_configurations(name, published):
+    mults, dropout, ema_decay, batch_size, rate, clip_norm, spacing, steps, parameters = published
+    config = PRESETS[name][1]
+    model = config.model
+    assert (model.channels, model.channel_mults, model.dropout) == (128, mults, dropout)
+    assert (model.num_res_blocks, model.attention_resolutions) == (2, (16,))
+    assert (config.ema_decay, config.batch_size, config.learning_rate) == (
+        ema_decay, batch_size, rate)  # fmt: skip
+    assert (config.clip_norm, config.spacing, config.flip) == (clip_norm, spacing, True)
+    assert steps in (None, config.max_steps)
+    assert config.schedule == ScheduleConfig("linear", 1000, 1e-4, 0.02)
+    size, _, channels = IMAGE_SHAPES[name]
+    shapes = parameter_shapes(model.make(channels), size)
+    assert sum(shape.size for shape in jax.tree.leaves(shapes)) == parameters
+
+
+def test_the_two_recipes_differ_where_the_two_codes_do():
+    ddpm, torch = PRESETS["cifar10"][1], PRESETS["cifar10-torch-recipe"][1]
+    assert (ddpm.reduction, ddpm.timesteps, ddpm.warmup_steps) == ("mean", "independent", 5000)
+    assert (torch.reduction, torch.timesteps, torch.warmup_steps) == ("sum", "antithetic", 0)
+    assert ddpm.model == torch.model
