@@ -40,7 +40,7 @@ class Schedule:
     def alpha_bar(self, t: Index) -> Float[Array, "*index"]:
         """Signal level at index t, in (0, 1]: 1 at t = -1 (clean data), NaN outside [-1, T - 1]."""
         t = _as_index(t)
-        # Plain indexing would clamp or wrap silently. A wrong index must show, and only a wrong one:
+        # Plain indexing would clamp or wrap silently. A wrong index must show, but no right one:
         # else jax_debug_nans would stop at clean data.
         level = self.alphas_cumprod.at[jnp.where(t == -1, 0, t)].get(
             mode="fill", fill_value=jnp.nan, wrap_negative_indices=False

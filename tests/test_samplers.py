@@ -152,6 +152,14 @@ def test_the_samplers_are_the_steps_with_standard_normal_noise():
             np.testing.assert_allclose(a, b, atol=1e-3, err_msg=kind)
 
 
+def test_clip_data_clips_to_the_bounds_it_is_given():
+    sampler = dj.ddim_clip_data(low=0.0, high=0.25)
+    states, x0s = draw(sampler, None, X_T, TIMESTEPS)
+    # The last step lands on the clipped prediction itself: in the bounds, and on both of them.
+    for x in (states[-1], x0s[-1]):
+        np.testing.assert_allclose((x.min(), x.max()), (0.0, 0.25), atol=1e-6)
+
+
 def test_ddpm_with_the_small_variance_is_ddim_with_eta_1():
     states, x0s = draw(DDPM, KEY, X_T, TIMESTEPS)
     want, want_x0s = draw_eta(KEY, X_T, TIMESTEPS, 1.0, False)
