@@ -159,17 +159,18 @@ def main(config: SweepConfig) -> None:
         _write(out / "sweep.json", (json.dumps(settings, indent=2) + "\n").encode())
         draw = _drawer(trained, measures, config, batch_size)
         _print_estimate(draw, missing, config, batch_size)
-        deadline = started + (config.max_seconds or float("inf"))
+        deadline = started + (float("inf") if config.max_seconds is None else config.max_seconds)
         for cell in missing:
             draw(cell, 0).images.block_until_ready()  # compiled before its seconds count
             progress = _measure(cell, draw, measures, config, batch_size, deadline)
-            if progress.count < config.num_samples:
-                print(f"stopped after {config.max_seconds:g} s; call again to go on")
+            if progress.count == config.num_samples:
+                line = _line(cell, progress, measures, settings)
+                _append(out / "results.jsonl", line)
+                (out / "partial.npz").unlink(missing_ok=True)
+                print(sweep_report.describe(line), flush=True)
+            if time.monotonic() > deadline:
+                print("stopped, time is up; call again for what is missing")
                 break
-            line = _line(cell, progress, measures, settings)
-            _append(out / "results.jsonl", line)
-            (out / "partial.npz").unlink(missing_ok=True)
-            print(sweep_report.describe(line), flush=True)
     sweep_report.write_report(out, config.paper)
     print(f"{time.monotonic() - started:.0f} s in this call; see {out / 'report.html'}")
 

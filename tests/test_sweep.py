@@ -53,7 +53,7 @@ def stats(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def config(workdir, stats, tmp_path_factory) -> fid_sweep.SweepConfig:
-    """Two cells of 21 images, in batches of 8: neither N nor the batch divides the other."""
+    """Two cells of 21 images, in batches of 12 and 9."""
     return fid_sweep.SweepConfig(
         workdir=str(workdir),
         stats=(str(stats),),
@@ -61,7 +61,7 @@ def config(workdir, stats, tmp_path_factory) -> fid_sweep.SweepConfig:
         steps=(3,),
         etas=(0.0, "sigma_hat"),
         num_samples=21,
-        batch_size=8,
+        batch_size=12,
     )
 
 
@@ -154,10 +154,10 @@ def test_the_batch_size_does_not_matter(finished, tmp_path):
 
 def test_a_sweep_stopped_after_every_batch_ends_in_the_same_bits(finished, tmp_path):
     again = dataclasses.replace(finished, out=str(tmp_path), max_seconds=0.0)
-    for done in (0, 0, 1, 1, 1, 2):  # three batches to a cell, one to a call
-        fid_sweep.main(again)
+    for done, under_way in ((0, True), (1, False), (1, True), (2, False)):
+        fid_sweep.main(again)  # one batch to a call, two to a cell
         assert len(lines(tmp_path)) == done
-        assert (tmp_path / "partial.npz").exists() == (done < 2)
+        assert (tmp_path / "partial.npz").exists() == under_way
     assert lines(tmp_path) == lines(finished.out)
     grids = [pathlib.Path(out) / "samples" / "S0003_eta_0.png" for out in (tmp_path, finished.out)]
     np.testing.assert_array_equal(*(np.asarray(PIL.Image.open(grid)) for grid in grids))
@@ -167,7 +167,9 @@ def test_a_sweep_stopped_after_every_batch_ends_in_the_same_bits(finished, tmp_p
 
 @pytest.mark.slow
 def test_a_killed_sweep_continues_to_the_same_bits(config, tmp_path):
-    larger = dataclasses.replace(config, num_samples=405, save_every=1, steps=(3, 40))
+    larger = dataclasses.replace(
+        config, num_samples=405, batch_size=8, save_every=1, steps=(3, 40), spacing="uniform"
+    )
     arguments = [
         *("--workdir", larger.workdir, "--stats", *larger.stats, "--batch-size", "8"),
         *("--num-samples", "405", "--save-every", "1", "--steps", "3", "40"),
@@ -209,7 +211,7 @@ def test_a_sweep_of_other_settings_is_refused_and_left_alone(finished):
     for change, message in (
         ({"num_samples": 22}, "num_samples is 21 there and 22 now"),
         ({"seed": 1}, "seed is 0 there and 1 now"),
-        ({"batch_size": 4}, "batch_size is 8 there and 4 now"),
+        ({"batch_size": 4}, "batch_size is 12 there and 4 now"),
         ({"weights": "raw"}, "weights is .*ema.* there and .*raw.* now"),
     ):
         with pytest.raises(ValueError, match=message):
