@@ -24,7 +24,7 @@ from ddim_jax.schedule import Spacing, ddim_timesteps
 METHODS = {"DDIM": 0.0, "DDPM": 1.0}
 """Name -> eta."""
 
-NUM_SHOWN = 7
+NUM_SHOWN = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _table(steps: list[int], distances) -> str:
 
 def _draw(path: pathlib.Path, steps: list[int], images, distances) -> None:
     """One row is one x_T, one column one S; right the distances."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.5), layout="constrained")
     for method, grid_axes in zip(METHODS, axes, strict=False):
         panels.show_images(
             grid_axes,
