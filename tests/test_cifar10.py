@@ -59,7 +59,7 @@ def test_the_loss_falls_in_200_steps(shared, tmp_path):
     # loss 1.
     first, last = lines[0]["loss"], lines[-1]["loss"]
     assert 0.5 < first < 1.1
-    assert last < 0.6 * first, lines
+    assert last < 0.3 * first, lines
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["spacing"], config["rounding"]) == ("quadratic", "nearest")
     assert (config["reduction"], config["timesteps"]) == ("mean", "independent")  # the recipe
@@ -127,9 +127,13 @@ def streamed(data_dir, folder: pathlib.Path, num_processes: int) -> tuple[np.nda
             )
             for process, file in enumerate(seen)
         ]  # fmt: skip
-        for run in runs:
-            _, errors = run.communicate()
-            assert run.returncode == 0, errors[-3000:]
+        try:
+            for run in runs:
+                _, errors = run.communicate(timeout=600)
+                assert run.returncode == 0, errors[-3000:]
+        finally:
+            for run in runs:
+                run.kill()  # where one failed, the other waits for it
         steps.append(np.concatenate([np.load(file) for file in seen], axis=1))
     lines = (folder / "workdir" / "metrics.jsonl").read_text().splitlines()
     return np.concatenate(steps), [json.loads(line) for line in lines]
