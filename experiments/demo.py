@@ -1,7 +1,8 @@
 """The paper's claim on a laptop: few DDIM steps give better samples than few DDPM steps.
 
 Trains the digits preset (or takes the model that is there), samples it over numbers of steps and
-over eta, and measures how far the samples are from the real digits.
+over eta, and measures how far the samples are from the real digits, by a classifier's features and
+by the pixels themselves.
 
     python experiments/demo.py --out out/demo
 """
@@ -9,41 +10,37 @@ over eta, and measures how far the samples are from the real digits.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import cli
+import fid_sweep
 import generate
 import jax
 import jax.numpy as jnp
+import make_statistics
 import matplotlib
 import numpy as np
 import pictures
+import sweep_report
 import train
+import train_classifier
+from measures import CLASSIFIER_FILE
 from presets import PRESETS
 from workdir import Trained, load_trained
 
 from ddim_jax.data import load_images, sequential_batches, to_uint8
 from ddim_jax.keys import initial_noise
-from ddim_jax.metrics.frechet import frechet_distance_from_features
+from ddim_jax.metrics.statistics import FeatureName
 from ddim_jax.samplers import ddim, sample_trajectory
 from ddim_jax.schedule import ddim_timesteps
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-METHODS: dict[str, tuple[float, bool]] = {
-    "eta = 0 (DDIM)": (0.0, False),
-    "eta = 0.5": (0.5, False),
-    "eta = 1 (DDPM)": (1.0, False),
-    "sigma-hat (DDPM)": (0.0, True),
-}
-"""Rows of the paper's Table 1: eta, and whether sigma-hat takes its place."""
-
-BATCH = 256
+BATCH = 128
 Drawer = Callable[[int, float, bool], np.ndarray]
 
 
@@ -53,7 +50,7 @@ class DemoConfig:
 
     out: str = "out/demo"
     """Where the model, the pictures and the table go."""
-    steps: tuple[int, ...] = (5, 10, 20, 50, 100)
+    steps: tuple[int, ...] = (5, 10, 20, 50)
     """Numbers of sampling steps S."""
     num_samples: int = 512
     """Samples behind each number of the table."""
@@ -74,25 +71,40 @@ def main(config: DemoConfig) -> None:
         seed=config.seed,
     )
     train.run(recipe)
+    stats = [_statistics(out, features) for features in ("classifier", "pixels")]
+    fid_sweep.main(
+        fid_sweep.SweepConfig(
+            workdir=recipe.workdir,
+            stats=tuple(stats),
+            out=str(out / "sweep"),
+            steps=config.steps,
+            spacing="uniform",
+            num_samples=config.num_samples,
+            seed=config.seed,
+            batch_size=BATCH,
+        )
+    )
+
     trained = load_trained(recipe.workdir)
-    batches = sequential_batches(load_images("digits"), 1024)
-    real = np.concatenate([batch["image"] for batch in batches])
-
     draw = {num_steps: _drawer(trained, num_steps, config.seed) for num_steps in config.steps}
-    cells = []
-    for num_steps in config.steps:
-        cells += _sample_cells(draw[num_steps], num_steps, real, config, out / "samples")
-    floor = _distance(real[::2], real[1::2])
-
-    table = _table(cells, config, floor, len(real))
-    (out / "results.json").write_text(json.dumps({"floor": floor, "cells": cells}, indent=2))
-    _plot_distances(out / "distance.png", cells, config, floor)
-    _draw_real_beside_samples(out / "real_and_samples.png", real, draw[sorted(config.steps)[-2]])
+    real = next(sequential_batches(load_images("digits"), 64))["image"]
+    lines = sweep_report.read_results(out / "sweep")
+    _plot_distances(out / "distance.png", lines)
+    _draw_real_beside_samples(out / "real_and_samples.png", real, draw[max(config.steps)])
     _draw_consistency(out / "consistency.png", draw)
     _draw_denoising(out / "denoising.png", trained, config)
-    (out / "README.md").write_text(_report(table))
-    print(table)
-    print(f"\n{time.monotonic() - started:.0f} s in all; see {out / 'README.md'}")
+    (out / "README.md").write_text(_report(lines))
+    print(f"{time.monotonic() - started:.0f} s in all; see {out / 'README.md'}")
+
+
+def _statistics(out: pathlib.Path, features: FeatureName) -> str:
+    """The file with the statistics of all digits, and beside it the classifier if it needs one."""
+    path = out / "classifier" / f"{features}.npz"
+    if features == "classifier" and not (path.parent / CLASSIFIER_FILE).exists():
+        settings = train_classifier.PRESETS["digits"][1]
+        train_classifier.main(dataclasses.replace(settings, out=str(path.parent)))
+    make_statistics.main(make_statistics.StatisticsConfig("digits", str(path), features))
+    return str(path)
 
 
 def _drawer(trained: Trained, num_steps: int, seed: int) -> Drawer:
@@ -111,72 +123,27 @@ def _drawer(trained: Trained, num_steps: int, seed: int) -> Drawer:
     return draw
 
 
-def _sample_cells(draw: Drawer, num_steps: int, real, config: DemoConfig, folder: pathlib.Path):
-    """One cell of the table for each method."""
-    draw(1, 0.0, False)  # compiled now, so that the seconds below are sampling alone
-    cells: list[dict[str, Any]] = []
-    for method, (eta, sigma_hat) in METHODS.items():
-        started = time.monotonic()
-        images = draw(config.num_samples, eta, sigma_hat)
-        seconds = time.monotonic() - started
-        name = "sigma_hat" if sigma_hat else f"eta_{eta:g}"
-        pictures.save_grid(folder / f"S{num_steps:03d}_{name}.png", images[:64])
-        distance = _distance(images, real)
-        print(f"S = {num_steps:3d}  {method:17s} distance {distance:6.3f}  {seconds:5.1f} s")
-        cells.append({"S": num_steps, "method": method, "distance": distance, "seconds": seconds})
-    return cells
-
-
-def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance on raw pixels, scaled to [-1, 1]."""
-    flat_a, flat_b = (x.reshape(len(x), -1) / 127.5 - 1.0 for x in (a, b))
-    return frechet_distance_from_features(flat_a, flat_b)
-
-
-def _value(cells, method: str, num_steps: int, key: str) -> float:
-    return next(c[key] for c in cells if c["method"] == method and c["S"] == num_steps)
-
-
-def _table(cells, config: DemoConfig, floor: float, num_real: int) -> str:
-    head = "| S | " + " | ".join(str(s) for s in config.steps) + " |"
-    lines = [head, "|---" * (len(config.steps) + 1) + "|"]
-    for method in METHODS:
-        values = [f"{_value(cells, method, s, 'distance'):.3f}" for s in config.steps]
-        lines.append(f"| {method} | " + " | ".join(values) + " |")
-    ddim_name = next(iter(METHODS))
-    seconds = [f"{_value(cells, ddim_name, s, 'seconds'):.1f}" for s in config.steps]
-    lines.append("| seconds | " + " | ".join(seconds) + " |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Frechet distance on raw pixels in [-1, 1] (lower is better), {config.num_samples} "
-            f"samples against all {num_real} digits; the two halves of the real digits are "
-            f"{floor:.3f} apart. Uniform sub-sequence, EMA weights, rounding to nearest, "
-            f"seed {config.seed}; {jax.default_backend()}, JAX {jax.__version__}.",
-        ]
-    )
-
-
-def _plot_distances(path: pathlib.Path, cells, config: DemoConfig, floor: float) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for method in METHODS:
-        values = [_value(cells, method, s, "distance") for s in config.steps]
-        axes.plot(config.steps, values, marker="o", label=method)
-    axes.axhline(floor, color="grey", linestyle=":", label="two halves of the real digits")
-    axes.set(xscale="log", yscale="log", xlabel="sampling steps S")
-    axes.set_ylabel("Frechet distance (pixels)")
-    axes.set_xticks(config.steps, [str(s) for s in config.steps])
-    axes.minorticks_off()
-    axes.set_title("The same network, sampled in S steps")
-    axes.legend()
+def _plot_distances(path: pathlib.Path, lines: list[dict[str, Any]]) -> None:
+    """Distance against S, one panel for each kind of feature."""
+    names = list(lines[0]["distances"])
+    figure, panels = plt.subplots(1, len(names), figsize=(9, 4), layout="constrained")
+    for axes, name in zip(panels, names, strict=True):
+        for eta in dict.fromkeys(line["eta"] for line in lines):
+            cells = [line for line in lines if line["eta"] == eta]
+            steps, values = zip(*((x["S"], x["distances"][name]) for x in cells), strict=True)
+            axes.plot(steps, values, marker="o", label=sweep_report.method_name(eta))
+        axes.set(xscale="log", yscale="log", xlabel="sampling steps S", ylabel=name)
+        axes.set_xticks(steps, [str(s) for s in steps])
+        axes.minorticks_off()
+    panels[0].legend()
+    figure.suptitle("The same network, sampled in S steps")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def _draw_real_beside_samples(path: pathlib.Path, real: np.ndarray, draw: Drawer) -> None:
     """Real digits left, DDIM samples right."""
-    _save_side_by_side(path, pictures.tile(real[:64], 8), pictures.tile(draw(64, 0.0, False), 8))
+    _save_side_by_side(path, pictures.tile(real, 8), pictures.tile(draw(64, 0.0, False), 8))
 
 
 def _draw_consistency(path: pathlib.Path, draw: dict[int, Drawer]) -> None:
@@ -211,10 +178,14 @@ def _draw_denoising(path, trained, config: DemoConfig) -> None:
     )
 
 
-def _report(table: str) -> str:
+def _report(lines: list[dict[str, Any]]) -> str:
+    tables = "\n".join(
+        sweep_report.markdown_section(name, lines, {}) for name in lines[0]["distances"]
+    )
     return f"""# DDIM on handwritten digits
 
-{table}
+{tables}
+{sweep_report.protocol(lines)}
 
 ![distance against steps](distance.png)
 
@@ -231,7 +202,7 @@ Denoising in 50 steps: x_t, and below it the network's x0_hat.
 
 ![denoising](denoising.png)
 
-One grid for each cell of the table is in samples/; the model is in model/.
+sweep/report.html shows every cell of the tables; the model is in model/.
 """
 
 
