@@ -141,27 +141,35 @@ def main(config: SweepConfig) -> None:
     started = time.monotonic()
     _check(config)
     trained = load_trained(config.workdir, config.weights)
-    config = dataclasses.replace(config, spacing=config.spacing or trained.network.spacing)
-    for num_steps in config.steps:
-        ddim_timesteps(trained.network.schedule.num_steps, num_steps, _spacing(config))
-    measures = open_measures(config.stats, config.feature_weights, trained.network.image_shape)
+    network = trained.network
+    spacing = config.spacing or network.spacing
+    timesteps = {s: ddim_timesteps(network.schedule.num_steps, s, spacing) for s in config.steps}
+    measures = open_measures(config.stats, config.feature_weights, network.image_shape)
     out = pathlib.Path(config.out)
-    settings = _settings(config, trained, measures)
+    settings = _settings(config, spacing, trained, measures)
     there = _read_settings(out, settings, config.batch_size)
     done = {Cell(line["S"], line["eta"]) for line in sweep_report.read_results(out)}
     cells = [Cell(s, eta) for s in config.steps for eta in config.etas]
     missing = [cell for cell in cells if cell not in done]
 
     if missing:
-        batch_size = _batch_size(there or config.batch_size, trained, measures, config, missing[0])
+
+        def drawer(batch_size: int) -> Draw:
+            return _drawer(trained, measures, timesteps, config.seed, batch_size)
+
+        batch_size = there or config.batch_size or _fitting_batch_size(drawer, missing[0], config)
+        _check_batch_size(batch_size)  # a continued sweep's may not suit the devices of today
         settings["batch_size"] = batch_size
         out.mkdir(parents=True, exist_ok=True)
         _write(out / "sweep.json", (json.dumps(settings, indent=2) + "\n").encode())
-        draw = _drawer(trained, measures, config, batch_size)
+        draw = drawer(batch_size)
         _print_estimate(draw, missing, config, batch_size)
         deadline = started + (float("inf") if config.max_seconds is None else config.max_seconds)
+        compiled = None
         for cell in missing:
-            draw(cell, 0).images.block_until_ready()  # compiled before its seconds count
+            if cell.num_steps != compiled:  # so that its seconds are sampling alone
+                jax.block_until_ready(draw(cell, 0))
+                compiled = cell.num_steps
             progress = _measure(cell, draw, measures, config, batch_size, deadline)
             if progress.count == config.num_samples:
                 line = _line(cell, progress, measures, settings)
@@ -176,11 +184,11 @@ def main(config: SweepConfig) -> None:
 
 
 def _check(config: SweepConfig) -> None:
-    for name in ("num_samples", "save_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")
-    if config.num_samples < 2:
-        raise ValueError("num_samples must be at least 2, for a covariance; got 1.")
+    for name, least in (("num_samples", 2), ("save_every", 1)):  # a covariance needs 2
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}; got {getattr(config, name)}.")
+    if config.batch_size is not None:
+        _check_batch_size(config.batch_size)
     for name in ("steps", "etas", "stats"):
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
@@ -190,16 +198,21 @@ def _check(config: SweepConfig) -> None:
             ddim(eta)  # refuses a negative eta
 
 
-def _spacing(config: SweepConfig) -> Spacing:
-    assert config.spacing is not None
-    return config.spacing
+def _check_batch_size(batch_size: int) -> None:
+    devices = jax.local_device_count()
+    if batch_size < 1 or batch_size % devices:
+        raise ValueError(
+            f"batch_size must be a multiple of the {devices} devices; got {batch_size}."
+        )
 
 
-def _settings(config: SweepConfig, trained: Trained, measures: list[Measure]) -> dict[str, Any]:
+def _settings(
+    config: SweepConfig, spacing: Spacing, trained: Trained, measures: list[Measure]
+) -> dict[str, Any]:
     """What every cell of a sweep has in common, and decides its numbers."""
     return {
         "num_samples": config.num_samples,
-        "spacing": config.spacing,
+        "spacing": spacing,
         "seed": config.seed,
         "rounding": ROUNDING,
         "weights": {
@@ -241,46 +254,34 @@ def _read_settings(out: pathlib.Path, wanted: dict[str, Any], batch_size: int | 
     return there["batch_size"]
 
 
-def _batch_size(
-    given: int | None,
-    trained: Trained,
-    measures: list[Measure],
-    config: SweepConfig,
-    cell: Cell,
-) -> int:
-    """The batch size, in whole shares of the devices; if none was given, one that fits."""
+def _fitting_batch_size(drawer: Callable[[int], Draw], cell: Cell, config: SweepConfig) -> int:
+    """A batch size at which the devices' memory suffices for the cell."""
     devices = jax.local_device_count()
-    if given is not None:
-        if given < 1 or given % devices:
-            raise ValueError(
-                f"batch_size must be a multiple of the {devices} devices; got {given}."
-            )
-        return given
-    height, width, _ = trained.network.image_shape
-    largest = -(-config.num_samples // devices) * devices
-    batch_size = min(max(1, min(256, 2**19 // (height * width))) * devices, largest)
+    share = min(256, -(-config.num_samples // devices))
     while True:
         try:
-            _drawer(trained, measures, config, batch_size)(cell, 0).images.block_until_ready()
-            return batch_size
+            jax.block_until_ready(drawer(share * devices)(cell, 0))
+            return share * devices
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or batch_size == devices:
+            if "RESOURCE_EXHAUSTED" not in str(error) or share == 1:
                 raise
-            print(f"batches of {batch_size} do not fit into memory; trying half", flush=True)
-            batch_size = max(1, batch_size // devices // 2) * devices
+        print(f"batches of {share * devices} do not fit into memory; trying half", flush=True)
+        share //= 2
 
 
 def _drawer(
-    trained: Trained, measures: list[Measure], config: SweepConfig, batch_size: int
+    trained: Trained,
+    measures: list[Measure],
+    timesteps: dict[int, np.ndarray],
+    seed: int,
+    batch_size: int,
 ) -> Draw:
     """Draws and measures a batch on all devices; one program for each S, whatever eta is."""
     programs = {
         num_steps: generate.image_program(
-            trained.network,
-            ddim_timesteps(trained.network.schedule.num_steps, num_steps, _spacing(config)),
-            lambda eta, sigma_hat: ddim(eta, sigma_hat=sigma_hat),
+            trained.network, grid, lambda eta, sigma_hat: ddim(eta, sigma_hat=sigma_hat)
         )
-        for num_steps in config.steps
+        for num_steps, grid in timesteps.items()
     }
     networks = {m.name: (over_devices(m.network.apply_fn), m.network.params) for m in measures}
 
@@ -288,7 +289,7 @@ def _drawer(
         sigma_hat = cell.eta == "sigma_hat"
         eta = 0.0 if cell.eta == "sigma_hat" else float(cell.eta)
         indices = jnp.arange(start, start + batch_size)
-        images = programs[cell.num_steps](trained.params, indices, config.seed, eta, sigma_hat)
+        images = programs[cell.num_steps](trained.params, indices, seed, eta, sigma_hat)
         return Batch(images, {name: fn(params, images) for name, (fn, params) in networks.items()})
 
     return draw

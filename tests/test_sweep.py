@@ -166,6 +166,23 @@ def test_a_sweep_stopped_after_every_batch_ends_in_the_same_bits(finished, tmp_p
 
 
 @pytest.mark.slow
+def test_eight_devices_measure_what_one_does(finished, tmp_path):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    command = [
+        *(sys.executable, "experiments/fid_sweep.py", "--workdir", finished.workdir),
+        *("--stats", *finished.stats, "--out", str(tmp_path), "--num-samples", "21"),
+        *("--steps", "3", "--etas", "0", "sigma_hat", "--batch-size", "16"),
+    ]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    for one, eight in zip(lines(finished.out), lines(tmp_path), strict=True):
+        assert eight["device"].startswith("8 x")
+        assert eight["distances"] == pytest.approx(one["distances"], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_continues_to_the_same_bits(config, tmp_path):
     larger = dataclasses.replace(
         config, num_samples=405, batch_size=8, save_every=1, steps=(3, 40), spacing="uniform"
