@@ -195,6 +195,6 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "bedroom": ("the paper's LSUN bedroom network, 256x256", BEDROOM),
     "church": (
         "the paper's LSUN church network, 256x256",
-        dataclasses.replace(BEDROOM, data="lsun/church", max_steps=4_432_000),
+        dataclasses.replace(BEDROOM, data="lsun/church_outdoor", max_steps=4_432_000),
     ),
 }

@@ -28,7 +28,7 @@ SMALL = dataclasses.replace(
     PRESETS["digits"][1],
     model=ModelConfig(
         channels=8,
-        channel_mults=(1, 2),
+        channel_mults=(1,),
         num_res_blocks=1,
         attention_resolutions=(),
         dropout=0.1,

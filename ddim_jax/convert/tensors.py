@@ -121,7 +121,8 @@ def read_torch(path: pathlib.Path) -> Any:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises half a dozen types for a damaged file
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            # One sentence: what follows it is torch's advice on how to run such code after all.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
             raise ValueError(
                 f"{path} was refused: it is damaged, or it holds more than tensors and plain "
                 f"containers, which could run code when read. torch says: {reason}"
