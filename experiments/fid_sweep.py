@@ -401,9 +401,16 @@ def _line(
         "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("ddim_jax", "jax", "numpy")},
+            **{name: _version(name) for name in ("ddim_jax", "jax", "numpy")},
         },
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # run from a source tree on PYTHONPATH
 
 
 def _append(path: pathlib.Path, line: dict[str, Any]) -> None:
