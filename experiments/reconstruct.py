@@ -44,7 +44,7 @@ class ReconstructConfig:
     """Which part of the data to encode."""
     data_dir: str | None = None
     """Where TFDS sets stand."""
-    num_images: int = 32
+    num_images: int = 16
     """The first so many images of the split; the paper takes 10000."""
     steps: tuple[int, ...] = (10, 20, 50, 100, 200, 500, 1000)
     """Numbers of steps S; encoding takes as many as decoding."""
