@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ddim_jax.types import PRNGKey
+from ddim_jax.types import Index, PRNGKey
 
 Indices = Int[Array, "B"] | Int[np.ndarray, "B"]
 
@@ -44,6 +44,13 @@ def draw_noise(key: PRNGKey | None, x: jax.Array) -> jax.Array:
     if key.ndim == 0:
         return jax.random.normal(key, x.shape, dtype)
     return draw_each(lambda k: jax.random.normal(k, x.shape[1:], dtype), key)
+
+
+def fold_in(key: PRNGKey, i: Index) -> PRNGKey:
+    """The key, or each of the keys (B,), with the number i, or its own of (B,) numbers, folded in."""
+    if key.ndim == 0:
+        return jax.random.fold_in(key, i)
+    return draw_each(jax.random.fold_in, key, jnp.broadcast_to(i, key.shape))
 
 
 def draw_each(draw: Callable[..., jax.Array], keys: PRNGKey, *args: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ddim_jax.keys import check_keys, draw_each, draw_noise, typed_key
+from ddim_jax.keys import check_keys, draw_noise, fold_in, typed_key
 from ddim_jax.predict import (
     check_bounds,
     check_floating,
@@ -172,15 +172,20 @@ def sample_trajectory(
 def _scan(key, eps_fn, schedule, x_T, timesteps, sampler, output):
     check_floating("x_T", x_T)
     timesteps = check_timesteps(timesteps, schedule.num_steps)
-    keys = _step_keys(key, x_T, timesteps.shape[0])
+    if key is not None:
+        key = typed_key(key)
+        check_keys(key, x_T)
     t_prev = jnp.append(timesteps[1:], -1)  # -1 is clean data
 
     def body(state, inputs):
-        step_key, t, t_prev = inputs
+        i, t, t_prev = inputs
+        # Made in the loop: a table of keys, one for each image and step, would outgrow the images.
+        step_key = None if key is None else fold_in(key, i)
         state = sampler.step(step_key, state, eps_fn, schedule, t, t_prev)
         return state, output(state)
 
-    return jax.lax.scan(body, sampler.init(x_T), (keys, timesteps, t_prev))
+    steps = jnp.arange(timesteps.shape[0])
+    return jax.lax.scan(body, sampler.init(x_T), (steps, timesteps, t_prev))
 
 
 def encode(eps_fn: EpsFn, schedule: Schedule, x_0: Data, timesteps: Timesteps) -> Data:
@@ -201,14 +206,3 @@ def encode(eps_fn: EpsFn, schedule: Schedule, x_0: Data, timesteps: Timesteps) -
 
     x_T, _ = jax.lax.scan(body, x_0, (t_from, ascending))
     return x_T
-
-
-def _step_keys(key: PRNGKey | None, x: jax.Array, num_steps: int) -> PRNGKey | None:
-    """Keys with a leading axis of steps, for the scan."""
-    if key is None:
-        return None
-    key = typed_key(key)
-    check_keys(key, x)
-    if key.ndim == 0:
-        return jax.random.split(key, num_steps)
-    return draw_each(lambda k: jax.random.split(k, num_steps), key).swapaxes(0, 1)

@@ -7,7 +7,7 @@ import pytest
 from refusals import refused
 
 import ddim_jax as dj
-from ddim_jax.keys import check_keys, draw_each, draw_noise, typed_key
+from ddim_jax.keys import check_keys, draw_each, draw_noise, fold_in, typed_key
 
 KEY = jax.random.key(0)
 IMPLEMENTATIONS = ["threefry2x32", "rbg", "unsafe_rbg"]
@@ -99,6 +99,20 @@ def test_noise_is_at_least_float32(x_dtype, noise_dtype):
 def test_noise_for_scalar_data():
     assert draw_noise(KEY, jnp.zeros(())).shape == ()
     assert draw_noise(jax.random.split(KEY, 3), jnp.zeros(3)).shape == (3,)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_fold_in_of_one_key_and_of_each(impl):
+    key = jax.random.key(0, impl=impl)
+    np.testing.assert_array_equal(data(fold_in(key, 7)), data(jax.random.fold_in(key, 7)))
+    keys = jax.random.split(key, 3)
+    want = [data(jax.random.fold_in(k, 7)) for k in keys]
+    np.testing.assert_array_equal(data(jax.jit(fold_in)(keys, 7)), want)
+
+
+def test_no_key_is_used_twice():
+    with jax.debug_key_reuse(True):
+        jax.jit(lambda k: dj.initial_noise(k, jnp.arange(3), (4,)))(jax.random.key(0))
 
 
 # ------------------------------------------------------------------------------------- refusals

@@ -116,6 +116,15 @@ def test_the_index_and_the_noise_are_independent():
         assert abs(np.corrcoef(t, loss)[0, 1]) < 4 / np.sqrt(5000)
 
 
+def test_no_key_is_used_twice():
+    x0 = jnp.zeros((2, 3))
+    with jax.debug_key_reuse(True):
+        for number in ((), (2,)):
+            keys = jax.random.split(jax.random.key(0), number)
+            jax.jit(lambda k: dj.eps_loss(k, zero, SCHEDULE, x0))(keys)
+        jax.jit(lambda k: dj.antithetic_timesteps(k, jnp.arange(4), 4, 10))(jax.random.key(0))
+
+
 # --------------------------------------------------------------------------- antithetic indices
 
 
