@@ -47,7 +47,7 @@ def draw_noise(key: PRNGKey | None, x: jax.Array) -> jax.Array:
 
 
 def fold_in(key: PRNGKey, i: Index) -> PRNGKey:
-    """The key, or each of the keys (B,), with the number i, or its own of (B,) numbers, folded in."""
+    """The key, or each of the keys (B,), with i folded in: one number, or one for each key."""
     if key.ndim == 0:
         return jax.random.fold_in(key, i)
     return draw_each(jax.random.fold_in, key, jnp.broadcast_to(i, key.shape))
