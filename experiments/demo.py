@@ -31,14 +31,16 @@ from measures import CLASSIFIER_FILE
 from presets import PRESETS
 from workdir import Trained, load_trained
 
-from ddim_jax.data import load_images, sequential_batches, to_uint8
+from ddim_jax.data import load_images, sequential_batches, to_model_range, to_uint8
 from ddim_jax.keys import initial_noise
+from ddim_jax.metrics.frechet import frechet_distance_from_features
 from ddim_jax.metrics.statistics import FeatureName
 from ddim_jax.samplers import ddim, sample_trajectory
 from ddim_jax.schedule import ddim_timesteps
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 BATCH = 128
 Drawer = Callable[[int, float, bool], np.ndarray]
@@ -50,7 +52,7 @@ class DemoConfig:
 
     out: str = "out/demo"
     """Where the model, the pictures and the table go."""
-    steps: tuple[int, ...] = (5, 10, 20, 50)
+    steps: tuple[int, ...] = (5, 10, 20, 50, 100)
     """Numbers of sampling steps S."""
     num_samples: int = 512
     """Samples behind each number of the table."""
@@ -78,6 +80,7 @@ def main(config: DemoConfig) -> None:
             stats=tuple(stats),
             out=str(out / "sweep"),
             steps=config.steps,
+            etas=(0.0, 0.5, 1.0, "sigma_hat"),
             spacing="uniform",
             num_samples=config.num_samples,
             seed=config.seed,
@@ -87,13 +90,14 @@ def main(config: DemoConfig) -> None:
 
     trained = load_trained(recipe.workdir)
     draw = {num_steps: _drawer(trained, num_steps, config.seed) for num_steps in config.steps}
-    real = next(sequential_batches(load_images("digits"), 64))["image"]
+    real = np.concatenate([b["image"] for b in sequential_batches(load_images("digits"), 1024)])
+    floor = _pixel_distance(real[::2], real[1::2])
     lines = sweep_report.read_results(out / "sweep")
-    _plot_distances(out / "distance.png", lines)
-    _draw_real_beside_samples(out / "real_and_samples.png", real, draw[max(config.steps)])
+    _plot_distances(out / "distance.png", lines, floor)
+    _draw_real_beside_samples(out / "real_and_samples.png", real[:64], draw[max(config.steps)])
     _draw_consistency(out / "consistency.png", draw)
     _draw_denoising(out / "denoising.png", trained, config)
-    (out / "README.md").write_text(_report(lines))
+    (out / "README.md").write_text(_report(lines, floor))
     print(f"{time.monotonic() - started:.0f} s in all; see {out / 'README.md'}")
 
 
@@ -123,7 +127,13 @@ def _drawer(trained: Trained, num_steps: int, seed: int) -> Drawer:
     return draw
 
 
-def _plot_distances(path: pathlib.Path, lines: list[dict[str, Any]]) -> None:
+def _pixel_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """What fd_pixels is between two sets of images."""
+    flat = (to_model_range(x).reshape(len(x), -1) for x in (a, b))
+    return frechet_distance_from_features(*map(np.asarray, flat))
+
+
+def _plot_distances(path: pathlib.Path, lines: list[dict[str, Any]], floor: float) -> None:
     """Distance against S, one panel for each kind of feature."""
     names = list(lines[0]["distances"])
     figure, panels = plt.subplots(1, len(names), figsize=(9, 4), layout="constrained")
@@ -134,8 +144,12 @@ def _plot_distances(path: pathlib.Path, lines: list[dict[str, Any]]) -> None:
             axes.plot(steps, values, marker="o", label=sweep_report.method_name(eta))
         axes.set(xscale="log", yscale="log", xlabel="sampling steps S", ylabel=name)
         axes.set_xticks(steps, [str(s) for s in steps])
+        if name == "fd_pixels":
+            axes.axhline(floor, color="grey", linestyle=":", label="two halves of the real digits")
         axes.minorticks_off()
-    panels[0].legend()
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    panels[-1].legend()
     figure.suptitle("The same network, sampled in S steps")
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -178,14 +192,15 @@ def _draw_denoising(path, trained, config: DemoConfig) -> None:
     )
 
 
-def _report(lines: list[dict[str, Any]]) -> str:
+def _report(lines: list[dict[str, Any]], floor: float) -> str:
     tables = "\n".join(
         sweep_report.markdown_section(name, lines, {}) for name in lines[0]["distances"]
     )
     return f"""# DDIM on handwritten digits
 
 {tables}
-{sweep_report.protocol(lines)}
+{sweep_report.protocol(lines)} By fd_pixels the two halves of the real digits are
+{floor:.3f} apart.
 
 ![distance against steps](distance.png)
 
