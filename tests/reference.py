@@ -7,7 +7,6 @@ level alpha_bar, `table` the levels of t = 0..T-1, `timesteps` a descending list
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import numpy as np
 
@@ -47,19 +46,23 @@ def level(table, t):
 
 
 def timesteps(num_steps, num_sample_steps, spacing):
-    """The sub-sequences of appendix D.2, and the exact points that other tools round."""
-    T, S = num_steps, num_sample_steps
+    """The sub-sequences of appendix D.2 and of other tools: exact (numerators, denominator).
+
+    The tools round `linspace` and `trailing` to whole indices; the paper's two are whole already.
+    """
+    T, S, i = num_steps, num_sample_steps, np.arange(num_sample_steps)
     if spacing == "uniform":
-        ascending = [i * (T // S) for i in range(S)]
+        ascending, denominator = i * (T // S), 1
     elif spacing == "quadratic":
-        ascending = [int(s) for s in np.linspace(0, math.sqrt(0.8 * T), S) ** 2]
+        squares = np.linspace(0, math.sqrt(0.8 * T), S) ** 2
+        ascending, denominator = np.array([int(s) for s in squares]), 1
     elif spacing == "linspace":
-        ascending = [Fraction(i * (T - 1), max(S - 1, 1)) for i in range(S)]
+        ascending, denominator = i * (T - 1), max(S - 1, 1)
     elif spacing == "trailing":
-        ascending = [T - Fraction(i * T, S) - 1 for i in range(S)][::-1]
+        ascending, denominator = ((T - 1) * S - i * T)[::-1], S
     else:
         raise AssertionError(spacing)
-    return ascending[::-1]
+    return ascending[::-1], denominator
 
 
 def transitions(timesteps):
