@@ -43,6 +43,8 @@ import matplotlib.pyplot as plt
 from matplotlib import ticker
 
 BATCH = 128
+PICTURE_BATCH = 8
+"""Images drawn at once for the pictures, which show 8 or 64."""
 Drawer = Callable[[int, float, bool], np.ndarray]
 
 
@@ -120,9 +122,9 @@ def _drawer(trained: Trained, num_steps: int, seed: int) -> Drawer:
     )
 
     def draw(num_images: int, eta: float, sigma_hat: bool) -> np.ndarray:
-        padded = -(-num_images // BATCH) * BATCH  # so that one program is compiled, not two
-        images = generate.images(program, trained.params, padded, BATCH, seed, eta, sigma_hat)
-        return images[:num_images]
+        return generate.images(
+            program, trained.params, num_images, PICTURE_BATCH, seed, eta, sigma_hat
+        )
 
     return draw
 
