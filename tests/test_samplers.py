@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from refusals import refused
+from refusals import refused, unchecked
 
 import ddim_jax as dj
 from ddim_jax.schedule import Spacing
@@ -192,44 +192,81 @@ def test_a_trajectory_holds_the_states_and_what_each_step_saw():
 # --------------------------------------------------------------- exactly S calls, finite outputs
 
 
-class Counted:
-    """eps_fn that writes down each index at which it is evaluated, when the program runs."""
+def visited(run):
+    """The indices at which `run(eps_fn)` evaluates the network, in order, without jit."""
+    indices = []
 
-    def __init__(self):
-        self.visited = []
-
-    def __call__(self, x, t):
-        jax.debug.callback(lambda t: self.visited.append(int(t)), t)
+    def spy(x, t):
+        indices.append(int(t))
         return eps_fn(x, t)
 
-    def take(self):
-        jax.effects_barrier()
-        visited, self.visited = sorted(self.visited, reverse=True), []
-        return visited
+    with jax.disable_jit():
+        assert np.isfinite(run(spy)).all()
+    return indices
 
 
-@pytest.mark.parametrize("S", [1, 2, 3, 7, 12, 100, 333, 1000])
-def test_exactly_one_network_call_for_each_time_index(S):
-    counted, x = Counted(), X_T[0, 0]
-    run = jax.jit(lambda ts: dj.sample(None, counted, SCHEDULE, x, ts))
+class Tally(NamedTuple):
+    state: dj.SamplerState
+    visits: jax.Array
+
+    @property
+    def x(self):
+        return self.visits  # so that `sample` hands out the count
+
+
+def tallied(sampler):
+    """The sampler, whose result is how often each of the 1000 indices was given to the network."""
+
+    def step(key, tally, eps_fn, schedule, t, t_prev):
+        indices = []
+
+        def spy(x, t):
+            indices.append(t)
+            return eps_fn(x, t)
+
+        state = sampler.step(key, tally.state, spy, schedule, t, t_prev)
+        return Tally(state, tally.visits.at[jnp.stack(indices)].add(1))
+
+    return dj.Sampler(lambda x_T: Tally(sampler.init(x_T), jnp.zeros(1000, int)), step)
+
+
+def check_calls(S):
+    """In one compiled program for each S, every index of every spacing's list, once, no other."""
+    x_T = jnp.ones(2)
+    run = jax.jit(lambda ts: dj.sample(KEY, eps_fn, SCHEDULE, x_T, ts, tallied(DDIM)))
+    draw = jax.jit(lambda ts: dj.sample(KEY, eps_fn, SCHEDULE, x_T, ts))
     for spacing in SPACINGS:
         timesteps = dj.ddim_timesteps(1000, S, spacing)
-        assert np.isfinite(run(timesteps)).all()
-        assert counted.take() == timesteps.tolist()
+        with unchecked():  # what comes out is no data
+            visits = run(timesteps)
+        np.testing.assert_array_equal(visits, np.bincount(timesteps, minlength=1000))
+        assert visits.sum() == S and np.isfinite(draw(timesteps)).all()
 
 
-@pytest.mark.parametrize("sampler", [SIGMA_HAT, DDPM, CLIP_DATA])
-def test_other_samplers_call_the_network_once_a_step(sampler):
-    counted = Counted()
-    dj.sample_trajectory(KEY, counted, SCHEDULE, X_T, TIMESTEPS, sampler)
-    assert counted.take() == TIMESTEPS.tolist()
+@pytest.mark.parametrize("S", [1, 2, 7, 100, 333, 1000])
+def test_exactly_one_network_call_for_each_time_index(S):
+    check_calls(S)
+
+
+@pytest.mark.slow
+def test_exactly_s_calls_for_every_s():
+    for S in range(1, 1001):
+        check_calls(S)
+
+
+@pytest.mark.parametrize("sampler", [DDIM, dj.ddim(0.5), SIGMA_HAT, DDPM, CLIP_DATA])
+def test_the_network_is_called_along_the_list_and_nowhere_else(sampler):
+    timesteps = [997, 640, 640, 3]
+    x_T = jnp.ones(2)
+    for run in (dj.sample, lambda *args: dj.sample_trajectory(*args)[0]):
+        assert visited(lambda f, r=run: r(KEY, f, SCHEDULE, x_T, timesteps, sampler)) == timesteps
 
 
 def test_encoding_calls_the_network_once_a_step_and_never_at_clean_data():
-    counted, timesteps = Counted(), dj.ddim_timesteps(1000, 10, "trailing")
-    dj.encode(counted, SCHEDULE, X_T, timesteps)
+    timesteps = dj.ddim_timesteps(1000, 10, "trailing")
     # x_0 is met at the lowest index, as if it were there already; then every index but the last.
-    assert counted.take() == [*timesteps[1:].tolist(), timesteps[-1]]
+    want = [timesteps[-1], *timesteps[:0:-1]]
+    assert visited(lambda f: dj.encode(f, SCHEDULE, jnp.ones(2), timesteps)) == want
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -249,16 +286,6 @@ def test_every_number_of_steps_and_every_spacing_is_finite(eta):
                 eps_fn_float64, TABLE, x_T, lists[i], lambda i, *args: reference.ddim_step(*args)
             )
             np.testing.assert_allclose(x_0[i], want[-1], atol=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_exactly_s_calls_for_every_s(spacing):
-    counted, x = Counted(), X_T[0, 0, 0]
-    for S in range(1, 1001):
-        timesteps = dj.ddim_timesteps(1000, S, spacing)
-        x_0 = jax.jit(lambda ts: dj.sample(None, counted, SCHEDULE, x, ts))(timesteps)
-        assert np.isfinite(x_0).all() and counted.take() == timesteps.tolist(), S
 
 
 # ------------------------------------------------------------------------- one compiled program
