@@ -24,15 +24,14 @@ from ddim_jax.keys import draw_noise, typed_key
 from ddim_jax.predict import (
     check_floating,
     check_same_shape,
-    epsilon_to_x0,
     expand_level,
-    noise_kept,
     predict_noise,
+    safe_sqrt,
+    std_of,
 )
-from ddim_jax.process import add_noise, posterior_mean
 from ddim_jax.samplers import Timesteps
 from ddim_jax.schedule import Schedule, check_timesteps
-from ddim_jax.steps import check_eta, ddim_sigma, ddim_sigma_hat, is_zero
+from ddim_jax.steps import check_eta, is_zero
 from ddim_jax.types import Data, EpsFn, Index, Level, PRNGKey, is_traced
 
 Sigmas = Float[Array, "S"] | Float[np.ndarray, "S"]
@@ -65,13 +64,14 @@ def process_sigmas(schedule: Schedule, timesteps: Timesteps, eta: Level = 1.0) -
         raise ValueError(
             f"eta must be positive; got {eta}. The bound of a deterministic process is infinite."
         )
-    ab, ab_prev = _step_levels(schedule, timesteps)
-    if ab.shape[0] < 2:
+    t, t_prev = _step_indices(timesteps, schedule.num_steps)
+    if t.shape[0] < 2:
         raise ValueError(
             "timesteps must be at least two, since the decoder takes the std of the step before; "
-            f"got {ab.shape[0]}."
+            f"got {t.shape[0]}."
         )
-    sigma = ddim_sigma(ab, ab_prev, eta)
+    kept_share = schedule.noise_variance(t_prev) / schedule.noise_variance(t)
+    sigma = eta * safe_sqrt(kept_share) * _fresh_std(schedule, t, t_prev)
     return sigma.at[-1].set(sigma[-2])
 
 
@@ -81,9 +81,16 @@ def fixed_large_sigmas(schedule: Schedule, timesteps: Timesteps) -> Float[Array,
     To clean data it takes the small variance of the step before. Raises as `process_sigmas` does.
     Source: Ho et al. 2020, section 3.2, and its code.
     """
-    ab, ab_prev = _step_levels(schedule, timesteps)
     decoder = process_sigmas(schedule, timesteps)[-1]
-    return ddim_sigma_hat(ab, ab_prev).at[-1].set(decoder)
+    t, t_prev = _step_indices(timesteps, schedule.num_steps)
+    return _fresh_std(schedule, t, t_prev).at[-1].set(decoder)
+
+
+def _fresh_std(schedule: Schedule, t: Index, t_prev: Index) -> Float[Array, "S"]:
+    """sqrt(1 - ab / ab_prev), each difference taken where its terms are small."""
+    ab, ab_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+    added = schedule.noise_variance(t) - schedule.noise_variance(t_prev)
+    return safe_sqrt(jnp.where(ab_prev < 0.5, ab_prev - ab, added) / ab_prev)
 
 
 def variational_bound(
@@ -136,25 +143,34 @@ def bound_term(
     The KL of the step from t to t_prev; or the decoder's -log2 p(x0 | x_t) if t_prev is -1.
     """
     check_same_shape("noise", noise, x0)
-    ab, ab_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
-    x_t = add_noise(schedule, x0, noise, t)
-    x0_hat = epsilon_to_x0(predict_noise(eps_fn, x_t, jnp.asarray(t)), x_t, ab)
+    signal = expand_level(jnp.sqrt(schedule.alpha_bar(t)), x0)
+    std = expand_level(safe_sqrt(schedule.noise_variance(t)), x0)
+    x_t = (signal * x0 + std * noise).astype(x0.dtype)
+    # Eq. 9 less x0: written as a difference of large numbers it would lose what the bound measures.
+    x0_error = std / signal * (noise - predict_noise(eps_fn, x_t, jnp.asarray(t)))
 
     def decoder():
-        return -discretized_log_likelihood(x0, x0_hat, model_sigma)
+        return -discretized_log_likelihood(x0, x0 + x0_error, model_sigma)
 
     def kl():
-        mean = posterior_mean(x0, x_t, ab, ab_prev, sigma)
-        model_mean = posterior_mean(x0_hat, x_t, ab, ab_prev, sigma)
-        return gaussian_kl(mean, sigma, model_mean, model_sigma)
+        c = expand_level(_x0_coefficient(schedule, t, t_prev, sigma), x0)
+        return gaussian_kl(c * x0_error, sigma, jnp.zeros_like(x0_error), model_sigma)
 
     return _bits_per_dim(jax.lax.cond(jnp.asarray(t_prev) < 0, decoder, kl))
 
 
+def _x0_coefficient(schedule: Schedule, t: Index, t_prev: Index, sigma: Level) -> Float[Array, "*"]:
+    """By how much x0 moves the mean of q_sigma(x_prev | x_t, x0), eq. 7; 1 if x_prev is x0."""
+    fresh = jnp.where(jnp.asarray(t_prev) < 0, 0.0, sigma)
+    kept = std_of(schedule.noise_variance(t_prev) - fresh**2)
+    signal_to_noise = jnp.sqrt(schedule.alpha_bar(t) / schedule.noise_variance(t))
+    return jnp.sqrt(schedule.alpha_bar(t_prev)) - kept * signal_to_noise
+
+
 def prior_bpd(schedule: Schedule, x0: Data, t: Index) -> Float[Array, "B"]:
     """KL(q(x_t | x0) || N(0, I)) in bits per dimension, t the index the sampler starts at."""
-    ab = schedule.alpha_bar(t)
-    return _bits_per_dim(gaussian_kl(jnp.sqrt(ab) * x0, jnp.sqrt(1 - ab), jnp.zeros_like(x0), 1.0))
+    mean, std = jnp.sqrt(schedule.alpha_bar(t)) * x0, jnp.sqrt(schedule.noise_variance(t))
+    return _bits_per_dim(gaussian_kl(mean, std, jnp.zeros_like(x0), 1.0))
 
 
 def gaussian_kl(mean: Data, std: Level, other_mean: Data, other_std: Level) -> Data:
@@ -201,18 +217,10 @@ def variational_weights(
 
     Source: theorem 1; its proof prints 1 / (2 sigma^2 ab), without the other factors.
     """
-    ab, ab_prev = _step_levels(schedule, timesteps)
-    sigma = _check_sigmas("sigma", sigma, ab.shape[0])
-    to_data = jnp.arange(ab.shape[0]) == ab.shape[0] - 1
-    kept = noise_kept(ab_prev, jnp.where(to_data, 0.0, sigma))
-    c = jnp.sqrt(ab_prev) - kept * jnp.sqrt(ab / (1 - ab))
-    return c**2 * (1 - ab) / (2 * sigma**2 * ab)
-
-
-def _step_levels(schedule: Schedule, timesteps: Timesteps) -> tuple[jax.Array, jax.Array]:
-    """alpha_bar at the start and at the end of each step."""
     t, t_prev = _step_indices(timesteps, schedule.num_steps)
-    return schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+    sigma = _check_sigmas("sigma", sigma, t.shape[0])
+    c = _x0_coefficient(schedule, t, t_prev, sigma)
+    return c**2 * schedule.noise_variance(t) / (2 * sigma**2 * schedule.alpha_bar(t))
 
 
 def _step_indices(timesteps: Timesteps, num_steps: int) -> tuple[jax.Array, jax.Array]:

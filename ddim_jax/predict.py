@@ -78,8 +78,11 @@ def noise_kept(alpha_bar_prev: Level, sigma: Level) -> Float[Array, "..."]:
 
     NaN where sigma^2 exceeds 1 - alpha_bar_prev: no process adds that much noise.
     """
-    variance = 1 - as_level(alpha_bar_prev) - as_level(sigma) ** 2
-    # Below 0 by rounding alone when all noise is fresh.
+    return std_of(1 - as_level(alpha_bar_prev) - as_level(sigma) ** 2)
+
+
+def std_of(variance: Float[Array, "*level"]) -> Float[Array, "*level"]:
+    """sqrt(variance), 0 where rounding alone took it below 0, NaN where it is further below."""
     return safe_sqrt(jnp.where(variance < -1e-6, jnp.nan, variance))
 
 

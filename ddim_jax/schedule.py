@@ -2,6 +2,8 @@
 
 The one table is alphas_cumprod, the cumulative product of 1 - beta. It is what the DDIM paper
 calls alpha; we call its value at index t `alpha_bar`. Index -1 is clean data: alpha_bar(-1) = 1.
+Beside it stands 1 - alphas_cumprod, rounded by itself: near clean data float32 keeps only three
+digits of the difference.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ from ddim_jax.types import Index, is_traced
 Spacing = Literal["uniform", "quadratic", "linspace", "trailing"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["alphas_cumprod"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["alphas_cumprod", "noise_variances"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Noise schedule: q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I).
@@ -31,6 +37,9 @@ class Schedule:
     """
 
     alphas_cumprod: Float[Array, "T"]  # strictly decreasing, inside (0, 1)
+    noise_variances: Float[Array, "T"] | None = None
+    """1 - alphas_cumprod, rounded by itself. None takes the difference of what is there: for tables
+    that are learned, whose gradient must see one table, or given in float64."""
 
     @property
     def num_steps(self) -> int:
@@ -39,18 +48,32 @@ class Schedule:
 
     def alpha_bar(self, t: Index) -> Float[Array, "*index"]:
         """Signal level at index t, in (0, 1]: 1 at t = -1 (clean data), NaN outside [-1, T - 1]."""
-        t = _as_index(t)
-        # Plain indexing would clamp or wrap silently. A wrong index must show, but no right one:
-        # else jax_debug_nans would stop at clean data.
-        level = self.alphas_cumprod.at[jnp.where(t == -1, 0, t)].get(
-            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
-        )
-        return jnp.where(t == -1, jnp.ones_like(level), level)
+        return _look_up(self.alphas_cumprod, t, clean=1.0)
+
+    def noise_variance(self, t: Index) -> Float[Array, "*index"]:
+        """1 - alpha_bar(t), exact to float32's last digit; 0 at t = -1, NaN outside [-1, T - 1].
+
+        `1 - schedule.alpha_bar(0)` is off by 1.6e-4 of itself for the published schedule. No step
+        notices; a ratio of such small variances does, as in the variational bound.
+        """
+        if self.noise_variances is None:
+            return 1 - self.alpha_bar(t)
+        return _look_up(self.noise_variances, t, clean=0.0)
 
     def log_snr(self, t: Index) -> Float[Array, "*index"]:
         """Log signal-to-noise ratio log(alpha_bar / (1 - alpha_bar)) at t; +inf at t = -1."""
-        alpha_bar = self.alpha_bar(t)
-        return jnp.log(alpha_bar) - jnp.log1p(-alpha_bar)
+        return jnp.log(self.alpha_bar(t)) - jnp.log(self.noise_variance(t))
+
+
+def _look_up(table: Float[Array, "T"], t: Index, clean: float) -> Float[Array, "*index"]:
+    """table[t], `clean` at -1, NaN where the table has no such index."""
+    t = _as_index(t)
+    # Plain indexing would clamp or wrap silently. A wrong index must show, but no right one: else
+    # jax_debug_nans would stop at clean data.
+    value = table.at[jnp.where(t == -1, 0, t)].get(
+        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+    )
+    return jnp.where(t == -1, jnp.full_like(value, clean), value)
 
 
 def _as_index(t: Index) -> Int[Array, "*index"]:
@@ -64,7 +87,7 @@ def _as_index(t: Index) -> Int[Array, "*index"]:
 def schedule_from_betas(betas: Sequence[float] | np.ndarray | Float[Array, "T"]) -> Schedule:
     """Schedule with DDPM's per-step variances `betas`, shape (T,), each in (0, 1).
 
-    The product is taken in float64 on the host and cast to float32 once.
+    Both tables are taken in float64 on the host and cast to float32 once.
     Raises ValueError for another rank, an empty array, a value outside (0, 1), or betas so small or
     so many that float32 cannot tell two levels, or a level from 0 or 1, apart.
     Source: Ho et al. 2020 (arXiv:2006.11239), section 2.
@@ -76,7 +99,8 @@ def schedule_from_betas(betas: Sequence[float] | np.ndarray | Float[Array, "T"])
         raise ValueError(
             f"betas must lie in (0, 1); got values from {betas.min():g} to {betas.max():g}."
         )
-    alphas_cumprod = np.cumprod(1.0 - betas).astype(np.float32)
+    exact = np.cumprod(1.0 - betas)
+    alphas_cumprod = exact.astype(np.float32)
     levels = np.concatenate([[1.0], alphas_cumprod])
     if not (np.all(np.diff(levels) < 0) and levels[-1] >= np.finfo(np.float32).tiny):
         raise ValueError(
@@ -84,7 +108,7 @@ def schedule_from_betas(betas: Sequence[float] | np.ndarray | Float[Array, "T"])
             f"got {_preview(levels)}. Betas below 6e-8 do not move alpha_bar; too many near 1 "
             "exhaust it: use fewer steps."
         )
-    return Schedule(jnp.asarray(alphas_cumprod))
+    return Schedule(jnp.asarray(alphas_cumprod), jnp.asarray(1 - exact, jnp.float32))
 
 
 def linear_schedule(

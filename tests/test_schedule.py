@@ -41,6 +41,7 @@ def test_levels_are_the_product_rounded_once(schedule, betas):
     want = reference.cumulative_levels(betas)
     # Half a unit in the last place of float32: a product taken in float32 is off by far more.
     np.testing.assert_allclose(schedule.alphas_cumprod, want, rtol=2**-24 * 1.001)
+    np.testing.assert_allclose(schedule.noise_variances, 1 - want, rtol=2**-24 * 1.001)
 
 
 @pytest.mark.parametrize("num_steps", [1, 10, 1000, 4000])
@@ -109,8 +110,20 @@ def test_alpha_bar_keeps_the_index_shape():
     np.testing.assert_array_equal(SCHEDULE.alpha_bar(t), SCHEDULE.alphas_cumprod[t])
 
 
+@pytest.mark.parametrize("table", ["its own", "none"])
+def test_noise_variance_is_what_alpha_bar_leaves(table):
+    levels = reference.cumulative_levels(reference.linear_betas())
+    schedule = SCHEDULE if table == "its own" else dj.Schedule(SCHEDULE.alphas_cumprod)
+    # The difference of float32 numbers near 1 is right to half their last digit, 6e-8.
+    exact = dict(rtol=2**-24 * 1.001) if table == "its own" else dict(rtol=0, atol=6e-8)
+    got = jax.jit(schedule.noise_variance)(jnp.arange(-1, 1001))
+    np.testing.assert_allclose(got[1:-1], 1 - levels, **exact)
+    assert got[0] == 0 and np.isnan(got[-1])
+
+
 def test_log_snr_is_the_log_of_the_ratio():
-    want = [math.log(ab) - math.log1p(-ab) for ab in np.float64(SCHEDULE.alphas_cumprod)]
+    levels = reference.cumulative_levels(reference.linear_betas())
+    want = [math.log(ab) - math.log1p(-ab) for ab in levels]
     np.testing.assert_allclose(
         jax.jit(SCHEDULE.log_snr)(jnp.arange(1000)), want, rtol=2e-6, atol=2e-7
     )
@@ -118,9 +131,16 @@ def test_log_snr_is_the_log_of_the_ratio():
     assert np.isnan(SCHEDULE.log_snr(1000))
 
 
+def test_a_learned_table_gets_the_whole_gradient():
+    """d log_snr / d alpha_bar = 1 / (alpha_bar (1 - alpha_bar))."""
+    ab = 0.3
+    slope = jax.grad(lambda ab: dj.Schedule(ab[None]).log_snr(0))(jnp.asarray(ab))
+    np.testing.assert_allclose(slope, 1 / (ab * (1 - ab)), rtol=1e-6)
+
+
 def test_schedule_is_a_pytree():
     leaves, treedef = jax.tree.flatten(SCHEDULE)
-    assert [leaf.shape for leaf in leaves] == [(1000,)]
+    assert [leaf.shape for leaf in leaves] == [(1000,), (1000,)]
     assert isinstance(jax.tree.unflatten(treedef, leaves), dj.Schedule)
 
 
