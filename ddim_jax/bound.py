@@ -71,7 +71,7 @@ def process_sigmas(schedule: Schedule, timesteps: Timesteps, eta: Level = 1.0) -
             f"got {t.shape[0]}."
         )
     kept_share = schedule.noise_variance(t_prev) / schedule.noise_variance(t)
-    sigma = eta * safe_sqrt(kept_share) * _fresh_std(schedule, t, t_prev)
+    sigma = jnp.asarray(eta) * safe_sqrt(kept_share) * _fresh_std(schedule, t, t_prev)
     return sigma.at[-1].set(sigma[-2])
 
 

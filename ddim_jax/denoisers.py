@@ -5,6 +5,7 @@ Convert once, at the edge; samplers and losses then speak of eps alone.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -43,11 +44,34 @@ def from_score(score_fn: Prediction, schedule: Schedule) -> EpsFn:
 def clip_x0(eps_fn: EpsFn, schedule: Schedule, low: float = -1.0, high: float = 1.0) -> EpsFn:
     """`eps_fn` whose data prediction lies in [low, high]: x0_hat is clipped and eps re-derived.
 
-    The published DDIM never clips; its sigma-hat rows and Ho et al. 2020 do.
+    The published DDIM never clips; its sigma-hat rows and Ho et al. 2020 do. Not for encoding.
     Raises ValueError unless low < high.
     """
     check_bounds(low, high)
-    return lambda x, t: clip_epsilon(eps_fn(x, t), x, schedule.alpha_bar(t), low, high)
+    return _ClippedEpsFn(eps_fn, schedule, low, high)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable, as a closure is
+class _ClippedEpsFn:
+    """A closure with a name, so that encoding can tell it from a network it can invert."""
+
+    eps_fn: EpsFn
+    schedule: Schedule
+    low: float
+    high: float
+
+    def __call__(self, x, t):
+        level = self.schedule.alpha_bar(t)
+        return clip_epsilon(self.eps_fn(x, t), x, level, self.low, self.high)
+
+
+def check_not_clipped(eps_fn: EpsFn) -> None:
+    """Raise ValueError for what `clip_x0` returns: different x_t clip to the same x_prev."""
+    if isinstance(eps_fn, _ClippedEpsFn):
+        raise ValueError(
+            "eps_fn must not clip its data prediction when encoding, since clipping cannot be "
+            "inverted; got what clip_x0 returned. Pass the network that was given to clip_x0."
+        )
 
 
 def guided(cond_fn: EpsFn, uncond_fn: EpsFn, scale: Level) -> EpsFn:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ddim_jax.denoisers import check_not_clipped
 from ddim_jax.predict import check_floating, expand_level, predict_noise
 from ddim_jax.samplers import Timesteps
 from ddim_jax.schedule import Schedule, check_timesteps
@@ -38,6 +39,7 @@ def encode_fixed_point(
     """
     if num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1; got {num_iterations}.")
+    check_not_clipped(eps_fn)
     check_floating("x_0", x_0)
     ascending = check_timesteps(timesteps, schedule.num_steps)[::-1]
 

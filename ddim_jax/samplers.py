@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ddim_jax.denoisers import check_not_clipped
 from ddim_jax.keys import check_keys, draw_noise, fold_in, typed_key
 from ddim_jax.predict import (
     check_bounds,
@@ -194,7 +195,9 @@ def encode(eps_fn: EpsFn, schedule: Schedule, x_0: Data, timesteps: Timesteps) -
     Runs eq. 12 upwards in exactly len(timesteps) steps. The network is never evaluated at clean
     data's index: the first step evaluates it at the lowest index of the list. The error of encoding
     then decoding falls as the list gets longer (section 5.4, Table 2).
+    Raises ValueError for timesteps out of order or range, and for an `eps_fn` that clips.
     """
+    check_not_clipped(eps_fn)
     check_floating("x_0", x_0)
     ascending = check_timesteps(timesteps, schedule.num_steps)[::-1]
     t_from = jnp.append(-1, ascending[:-1])

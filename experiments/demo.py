@@ -42,7 +42,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
-BATCH = 128
+BATCH = 256
 PICTURE_BATCH = 8
 """Images drawn at once for the pictures, which show 8 or 64."""
 Drawer = Callable[[int, float, bool], np.ndarray]
@@ -58,7 +58,7 @@ class DemoConfig:
     """Numbers of sampling steps S."""
     num_samples: int = 512
     """Samples behind each number of the table."""
-    train_steps: int = 2000
+    train_steps: int = 1800
     """Updates of the training run."""
     seed: int = 0
     """Of everything."""

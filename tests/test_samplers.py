@@ -629,6 +629,13 @@ def test_integer_data_is_refused():
         dj.encode(eps_fn, SCHEDULE, image, [5, 0])
 
 
+def test_encoding_a_clipped_network_is_refused():
+    clipped = dj.clip_x0(eps_fn, SCHEDULE)
+    for encode in (dj.encode, dj.encode_fixed_point):
+        with refused("eps_fn must not clip its data prediction when encoding.*Pass the network"):
+            encode(clipped, SCHEDULE, X_T, [5, 0])
+
+
 def test_an_eta_of_another_shape_is_refused():
     with refused(r"level \(alpha_bar, t, eta\) must .* got level shape \(3,\)"):
         sample(sampler=dj.ddim(jnp.ones(3)))
