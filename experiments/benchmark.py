@@ -1,0 +1,375 @@
+"""Speed of sampling and training, beside diffusers' network on torch.
+
+python experiments/benchmark.py --peer diffusers  # needs diffusers and torch
+python experiments/benchmark.py --peer diffusers --model.dtype bfloat16 \\
+    --sample-batch-sizes 256 1024 --train-batch-sizes 128 512 --out results.json  # on a GPU
+
+Sampling is DDIM from x_T to x_0. Training is a whole update: noise, loss, gradients, clipping,
+Adam, moving average. All runs take turns, so that other load on the machine falls on all of them;
+the best time of each counts. The share of the peak is the network's arithmetic, as XLA counts it,
+over what one large matrix product reaches on the same device in the same turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import cli
+import jax
+import jax.numpy as jnp
+import numpy as np
+from presets import ModelConfig
+
+from ddim_jax import parallel, train
+from ddim_jax.convert.diffusers import config_from_unet, flax_to_diffusers
+from ddim_jax.samplers import sample
+from ddim_jax.schedule import Schedule, ddim_timesteps, linear_schedule
+from ddim_jax.unet import UNet
+
+Run = Callable[[], Any]
+"""Does its work once, and returns when the device is done."""
+EMA_DECAY = 0.9999
+PUBLISHED = ModelConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """What is measured; the defaults are the published CIFAR-10 network, on a CPU."""
+
+    model: ModelConfig = PUBLISHED
+    """The network."""
+    image_size: int = 32
+    """Side of the images."""
+    sample_batch_sizes: tuple[int, ...] = (8,)
+    """Images sampled at once, one row of the table for each."""
+    num_sample_steps: int = 2
+    """Sampling steps S."""
+    train_batch_sizes: tuple[int, ...] = (8,)
+    """Images of a training step, one row for each."""
+    num_train_steps: int = 1
+    """Updates between two looks at the clock."""
+    peer: Literal["none", "diffusers"] = "none"
+    """Whom to compare with: the same network, same weights, in torch's two memory layouts, and on
+    a GPU compiled as well."""
+    matmul_size: int = 4096
+    """Side of the matrix product that is taken as the device's peak."""
+    num_turns: int = 5
+    """Timed turns; each runs everything once."""
+    out: str | None = None
+    """A JSON file for the table, with device, versions and command."""
+
+
+def main(config: BenchmarkConfig) -> None:
+    """Print a markdown table of milliseconds an image, share of the peak, and ratios."""
+    if config.peer != "none":
+        # Before the first computation: JAX would take most of the GPU for itself.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
+    model = config.model.make(image_channels=3)
+    params = _random_params(model, config.image_size)
+    a = jnp.ones((config.matmul_size, config.matmul_size), config.model.dtype)
+    runs: dict[str, Run] = {"matmul": _waiting(jax.jit(jnp.matmul), a, a)}
+    work: dict[str, tuple[str, int, float]] = {}  # run -> our run, images, FLOPs
+
+    def peers() -> dict[str, Any]:  # made for each use: one samples, another trains
+        if config.peer == "none":
+            return {}
+        return _their_networks(model, params, config.image_size)
+
+    for size in config.sample_batch_sizes:
+        ours = f"sampling, batch {size}"
+        flops = config.num_sample_steps * _flops(model, params, config.image_size, size)[0]
+        runs[ours] = our_sampling(model, params, config, size)
+        work[ours] = ours, size, flops
+        for name, network in peers().items():
+            runs[f"{ours}, {name}"] = their_sampling(network, config, size)
+            work[f"{ours}, {name}"] = ours, size, flops
+    for size in config.train_batch_sizes:
+        ours = f"training, batch {size}"
+        flops = config.num_train_steps * _flops(model, params, config.image_size, size)[1]
+        runs[ours] = our_training(model, params, config, size)
+        work[ours] = ours, size * config.num_train_steps, flops
+        for name, network in peers().items():
+            runs[f"{ours}, {name}"] = their_training(network, config, size)
+            work[f"{ours}, {name}"] = ours, size * config.num_train_steps, flops
+
+    seconds = {name: min(times) for name, times in take_turns(runs, config.num_turns).items()}
+    peak = 2 * config.matmul_size**3 / seconds["matmul"]
+    rows = [
+        {
+            "what": name,
+            "ms_per_image": 1e3 * seconds[name] / images,
+            "share_of_peak": flops / seconds[name] / peak,
+            "ours_takes": seconds[ours] / seconds[name],
+        }
+        for name, (ours, images, flops) in work.items()
+    ]
+    facts = _facts(config, peak)
+    print(_table(rows, config, facts))
+    if config.out is not None:
+        path = pathlib.Path(config.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
+        print(f"\nsee {path}")
+
+
+def take_turns(runs: dict[str, Run], num_turns: int) -> dict[str, list[float]]:
+    """Seconds of every run, each run once a turn, after one turn to compile and warm up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(num_turns + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+# ----------------------------------------------------------------------------------------- ours
+
+
+def our_sampling(model: UNet, params: Any, config: BenchmarkConfig, batch_size: int) -> Run:
+    """DDIM of one batch."""
+    schedule = linear_schedule()
+
+    def program(params, x_T):
+        def eps_fn(x, t) -> Any:
+            return model.apply({"params": params}, x, t)
+
+        timesteps = ddim_timesteps(schedule.num_steps, config.num_sample_steps)
+        return sample(None, eps_fn, schedule, x_T, timesteps)
+
+    return _waiting(jax.jit(program), params, _latents(config, batch_size))
+
+
+def our_training(model: UNet, params: Any, config: BenchmarkConfig, batch_size: int) -> Run:
+    """Updates on one batch, on all devices, as train.py does them."""
+    parallel.check_batch_size(batch_size)
+    tx = train.adam_with_warmup(2e-4)
+    loss_fn = train.diffusion_loss(model.apply, linear_schedule(), batch_size=batch_size, flip=True)
+    step = parallel.pmap_train_step(loss_fn, tx, ema_decay=EMA_DECAY)
+    # A copy, since the step consumes its state.
+    params = jax.tree.map(jnp.copy, params)
+    state = parallel.replicate(train.init_train_state(jax.random.key(0), params, tx))
+    shape = (batch_size, config.image_size, config.image_size, 3)
+    batch = parallel.shard({"image": np.zeros(shape, np.uint8)})
+
+    def run():
+        nonlocal state
+        for _ in range(config.num_train_steps):
+            state, _ = step(state, batch)
+        jax.block_until_ready(state)
+
+    return run
+
+
+def _waiting(fn: Callable[..., Any], *args: Any) -> Run:
+    return lambda: jax.block_until_ready(fn(*args))
+
+
+def _random_params(model: UNet, image_size: int) -> Any:
+    """Weights that make every layer count; the initial ones are nearly 0 in places."""
+    rng = np.random.default_rng(0)
+    x = jnp.zeros((image_size, image_size, 3))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x, 0)["params"]
+    return jax.tree.map(lambda a: jnp.float32(0.05 * rng.standard_normal(a.shape)), shapes)
+
+
+def _latents(config: BenchmarkConfig, batch_size: int) -> jax.Array:
+    shape = (batch_size, config.image_size, config.image_size, 3)
+    return jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
+
+
+def _flops(model: UNet, params: Any, image_size: int, batch_size: int) -> tuple[float, float]:
+    """Floating-point operations of the network on a batch: forward, and with gradients."""
+    x = jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32)
+
+    def forward(params, x):
+        return jnp.sum(model.apply({"params": params}, x, 0))  # pyright: ignore[reportArgumentType]
+
+    costs = [jax.jit(f).lower(params, x) for f in (forward, jax.value_and_grad(forward))]
+    one, both = ((cost.cost_analysis() or {})["flops"] for cost in costs)
+    return one, both
+
+
+# --------------------------------------------------------------------------------------- theirs
+
+
+def their_sampling(network: Any, config: BenchmarkConfig, batch_size: int) -> Run:
+    """DDIM of one batch in torch, eq. 12 by hand, so that no scheduler's overhead is counted."""
+    import torch
+
+    schedule = linear_schedule()
+    timesteps = ddim_timesteps(schedule.num_steps, config.num_sample_steps)
+    levels = [_level(schedule, t) for t in (*timesteps.tolist(), -1)]
+    x_T, layout = _torch_images(_latents(config, batch_size), network)
+
+    def run():
+        with torch.inference_mode(), _autocast(x_T.device, config.model.dtype):
+            x = x_T
+            for t, ab, ab_prev in zip(timesteps.tolist(), levels, levels[1:], strict=False):
+                eps = network(x, t).sample.float()
+                x0 = (x - (1 - ab) ** 0.5 * eps) / ab**0.5
+                x = ab_prev**0.5 * x0 + (1 - ab_prev) ** 0.5 * eps
+                x = x.contiguous(memory_format=layout)
+        return _synchronize(x)
+
+    return run
+
+
+def their_training(network: Any, config: BenchmarkConfig, batch_size: int) -> Run:
+    """Updates on one batch in torch: fused Adam, multi-tensor clipping and average."""
+    import torch
+
+    network = network.train()
+    x0, layout = _torch_images(_latents(config, batch_size), network)
+    weights = list(network.parameters())
+    average = [w.detach().clone() for w in weights]
+    adam = torch.optim.Adam(weights, lr=2e-4, fused=True)
+    levels = torch.tensor(np.asarray(linear_schedule().alphas_cumprod), device=x0.device)
+
+    def run():
+        for _ in range(config.num_train_steps):
+            t = torch.randint(0, len(levels), (len(x0),), device=x0.device)
+            ab = levels[t][:, None, None, None]
+            noise = torch.randn_like(x0)
+            x_t = (ab.sqrt() * x0 + (1 - ab).sqrt() * noise).contiguous(memory_format=layout)
+            with _autocast(x0.device, config.model.dtype):
+                loss = (network(x_t, t).sample.float() - noise).square().mean()
+            adam.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            adam.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(average, weights, 1 - EMA_DECAY)
+        return _synchronize(loss)
+
+    return run
+
+
+def _their_networks(model: UNet, params: Any, image_size: int) -> dict[str, Any]:
+    """diffusers' network with these weights: both layouts, and compiled where that pays.
+
+    Raises FloatingPointError if it is not the same function.
+    """
+    try:
+        import diffusers
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            f"peer diffusers needs torch and diffusers; {error}. pip install torch diffusers"
+        ) from error
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    cuda = jax.default_backend() == "gpu"
+    settings = {k: v for k, v in config_from_unet(model, image_size).items() if k[0] != "_"}
+    weights = {k: torch.from_numpy(a.copy()) for k, a in flax_to_diffusers(params, model).items()}
+
+    def network(layout):
+        made = diffusers.UNet2DModel(**settings)
+        made.load_state_dict(weights)
+        return made.to("cuda" if cuda else "cpu", memory_format=layout).eval()
+
+    layouts = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    networks = {f"diffusers, {name}": network(layout) for name, layout in layouts.items()}
+    _check_same(networks["diffusers, contiguous"], model, params, image_size)
+    if cuda:
+        compiled = torch.compile(network(torch.channels_last))
+        networks["diffusers, channels_last, compiled"] = compiled
+    return networks
+
+
+def _check_same(network: Any, model: UNet, params: Any, image_size: int) -> None:
+    import torch
+
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((2, image_size, image_size, 3)))
+    with torch.inference_mode():
+        want = network(_torch_images(x, network)[0], 500).sample
+    want = want.permute(0, 2, 3, 1).cpu().numpy()
+    with jax.default_matmul_precision("highest"):
+        got = model.clone(dtype=jnp.float32).apply({"params": params}, x, 500)
+    error = np.abs(np.asarray(got) - want).max() / want.std()
+    if error > 1e-2:  # TF32 is allowed there
+        raise FloatingPointError(f"the two networks differ by {error:.1e} of the output's std")
+
+
+def _torch_images(x: jax.Array, network: Any) -> tuple[Any, Any]:
+    """The images where the network is, and the memory layout that its weights have."""
+    import torch
+
+    weight = next(w for w in network.parameters() if w.ndim == 4 and w.shape[1] > 1)
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    images = torch.from_numpy(np.array(x, np.float32)).permute(0, 3, 1, 2).to(weight.device)
+    return images.contiguous(memory_format=layout), layout
+
+
+def _autocast(device: Any, dtype: str) -> Any:
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def _synchronize(result: Any) -> Any:
+    import torch
+
+    if result.device.type == "cuda":
+        torch.cuda.synchronize()
+    return result
+
+
+def _level(schedule: Schedule, t: int) -> float:
+    return float(schedule.alpha_bar(t))
+
+
+# --------------------------------------------------------------------------------------- report
+
+
+def _facts(config: BenchmarkConfig, peak: float) -> dict[str, Any]:
+    """What the figures mean nothing without."""
+    packages = ["jax", "jaxlib", "flax"]
+    if config.peer == "diffusers":
+        packages += ["torch", "diffusers"]
+    return {
+        "command": "python experiments/benchmark.py " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "driver": getattr(jax.devices()[0].client, "platform_version", "").strip(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "matmul_tflops": peak / 1e12,
+        "config": dataclasses.asdict(config),
+    }
+
+
+def _table(rows: list[dict[str, Any]], config: BenchmarkConfig, facts: dict[str, Any]) -> str:
+    lines = [
+        f"{facts['device']}, "
+        + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        f"{config.image_size} x {config.image_size}, {config.model.dtype}, "
+        f"S = {config.num_sample_steps}; the matrix product reaches "
+        f"{facts['matmul_tflops']:.3g} TFLOP/s",
+        "",
+        "| | ms an image | of the peak | ours takes |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        ratio = "" if row["ours_takes"] == 1 else f"{row['ours_takes']:.2f} x"
+        lines.append(
+            f"| {row['what']} | {row['ms_per_image']:.2f} | {row['share_of_peak']:.0%} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main, BenchmarkConfig)
