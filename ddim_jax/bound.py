@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ddim_jax.keys import draw_noise, typed_key
+from ddim_jax.keys import draw_noise, fold_in, typed_key
 from ddim_jax.predict import (
     check_floating,
     check_same_shape,
@@ -120,7 +120,7 @@ def variational_bound(
 
     def body(_, inputs):
         t, t_prev, sigma, model_sigma = inputs
-        noise = draw_noise(_fold_in(key, t), x0).astype(x0.dtype)
+        noise = draw_noise(fold_in(key, t), x0).astype(x0.dtype)
         term = bound_term(eps_fn, schedule, x0, noise, t, t_prev, sigma, model_sigma)
         return None, term
 
@@ -246,12 +246,6 @@ def _check_sigmas(name: str, sigma: Sigmas, num_steps: int) -> Float[Array, "S"]
             "the decoder's std: see process_sigmas."
         )
     return jnp.asarray(sigma)
-
-
-def _fold_in(key: jax.Array, t: jax.Array) -> jax.Array:
-    if key.ndim == 0:
-        return jax.random.fold_in(key, t)
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, t)
 
 
 def _bits_per_dim(nats: jax.Array) -> Float[Array, "B"]:

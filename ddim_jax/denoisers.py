@@ -17,6 +17,7 @@ from ddim_jax.predict import (
     predict_noise,
     score_to_epsilon,
     v_to_epsilon,
+    widen,
     x0_to_epsilon,
 )
 from ddim_jax.schedule import Schedule
@@ -44,6 +45,7 @@ def from_score(score_fn: Prediction, schedule: Schedule) -> EpsFn:
 def clip_x0(eps_fn: EpsFn, schedule: Schedule, low: float = -1.0, high: float = 1.0) -> EpsFn:
     """`eps_fn` whose data prediction lies in [low, high]: x0_hat is clipped and eps re-derived.
 
+    The eps it returns is at least float32, whatever x is.
     The published DDIM never clips; its sigma-hat rows and Ho et al. 2020 do. Not for encoding.
     Raises ValueError unless low < high.
     """
@@ -62,7 +64,9 @@ class _ClippedEpsFn:
 
     def __call__(self, x, t):
         level = self.schedule.alpha_bar(t)
-        return clip_epsilon(self.eps_fn(x, t), x, level, self.low, self.high)
+        # eps in bfloat16 could not say where x0_hat ends: at low levels it counts many times over.
+        eps, x = widen(self.eps_fn(x, t)), widen(x)
+        return clip_epsilon(eps, x, level, self.low, self.high)
 
 
 def check_not_clipped(eps_fn: EpsFn) -> None:

@@ -69,8 +69,10 @@ def _anderson(f: Callable[[jax.Array], jax.Array], x: jax.Array, num_calls: int)
         change = residual - residual_before
         # How far to go back towards the previous value, so that the residual, taken as linear,
         # is smallest. Per image: a neighbour in the batch must not change the answer.
-        weight = _dot(change, residual) / jnp.maximum(_dot(change, change), 1e-30)
-        weight = jnp.where(i == 0, 0.0, weight)  # nothing to go back to yet
+        size = _dot(change, change)
+        # Nothing to go back to yet, or there already; the division is then by 1, for the gradient.
+        usable = (i > 0) & (size > 1e-30)
+        weight = jnp.where(usable, _dot(change, residual) / jnp.where(usable, size, 1.0), 0.0)
         x = value - expand_level(weight, x) * (value - value_before)
         return (x.astype(value.dtype), value, residual), None
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from ddim_jax.types import Index, PRNGKey
@@ -25,14 +26,17 @@ def image_keys(key: PRNGKey, indices: Indices) -> Key[Array, "B"]:
 
 
 def initial_noise(
-    key: PRNGKey, indices: Indices, image_shape: tuple[int, ...]
+    key: PRNGKey,
+    indices: Indices,
+    image_shape: tuple[int, ...],
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B ..."], Key[Array, "B"]]:
     """x_T and the keys for `sample` of the images with these indices, from one seed key.
 
     Image i depends on (key, i) alone, whatever the batch size or the number of devices.
     """
     keys = draw_each(jax.random.split, image_keys(key, indices))
-    x_T = draw_each(lambda k: jax.random.normal(k, image_shape), keys[:, 0])
+    x_T = draw_each(lambda k: jax.random.normal(k, image_shape, dtype), keys[:, 0])
     return x_T, keys[:, 1]
 
 

@@ -45,6 +45,7 @@ def eps_loss(
     t_key, eps_key = _split(key)
     if t is None:
         t = _draw_timesteps(t_key, x0.shape[0], schedule.num_steps)
+    t = jnp.asarray(t)
     eps = draw_noise(eps_key, x0)
     x_t = add_noise(schedule, x0, eps.astype(x0.dtype), t)
     error = eps - predict_noise(eps_fn, x_t, t)

@@ -17,7 +17,23 @@ from ddim_jax.train import LossFn, TrainState, train_step
 AXIS = "devices"
 
 replicate = flax.jax_utils.replicate
-unreplicate = flax.jax_utils.unreplicate
+"""A pytree, copied to each of this host's devices along a new leading axis."""
+
+
+def unreplicate(tree: Any) -> Any:
+    """The first device's copy of a replicated pytree, on this host: NumPy arrays.
+
+    Runs nothing on the device, so it waits for the arrays alone and not for what was dispatched
+    after them, and needs no memory there.
+    """
+
+    def first(array: jax.Array) -> Any:
+        copy = array.addressable_data(0)
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):  # NumPy has no such thing
+            return copy[0]
+        return np.array(copy)[0]  # not a view: the next step may be given the memory
+
+    return jax.tree.map(first, tree)
 
 
 def check_batch_size(batch_size: int, num_microbatches: int = 1) -> None:
@@ -55,10 +71,9 @@ def pmap_train_step(
 
 def shard(batch: Any) -> Any:
     """This host's batch, split over its devices along a new leading axis, and on its way there."""
-    devices = jax.local_devices()
-    sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+    count, sharding = jax.local_device_count(), _over_this_host(PartitionSpec(AXIS))
     return jax.tree.map(
-        lambda a: jax.device_put(a.reshape(len(devices), -1, *a.shape[1:]), sharding), batch
+        lambda a: jax.device_put(a.reshape(count, -1, *a.shape[1:]), sharding), batch
     )
 
 
@@ -66,17 +81,25 @@ def over_devices(fn: Callable[..., Any]) -> Callable[..., Any]:
     """jit of fn(params, *arrays) with the arrays' leading axis split over this host's devices.
 
     For sampling and features. Each call's leading axis must be divisible by the number of local
-    devices; the results come back split the same way.
+    devices; the results come back split the same way. Params that `everywhere` has placed already
+    are not copied again.
     """
-    mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec(AXIS))
+    split = _over_this_host(PartitionSpec(AXIS))
     jitted = jax.jit(fn, out_shardings=split)
 
     def call(params, *arrays):
-        return jitted(jax.device_put(params, everywhere), *jax.device_put(arrays, split))
+        return jitted(everywhere(params), *jax.device_put(arrays, split))
 
     return call
+
+
+def everywhere(tree: Any) -> Any:
+    """The arrays, each whole on every device of this host; no copy if they are there already."""
+    return jax.device_put(tree, _over_this_host(PartitionSpec()))
+
+
+def _over_this_host(spec: PartitionSpec) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), spec)
 
 
 def initialize_distributed(
@@ -86,5 +109,14 @@ def initialize_distributed(
 
     A cluster that JAX knows (Cloud TPU, SLURM, Open MPI, Kubernetes) needs no arguments. Elsewhere
     all three: host:port of process 0, how many there are, and which this is.
+    Raises ValueError for some of the three, and for a coordinator of another form.
     """
+    given = [value is not None for value in (coordinator, num_processes, process_id)]
+    if any(given) and not all(given):
+        raise ValueError(
+            "coordinator, num_processes and process_id must be given together; got "
+            f"{coordinator}, {num_processes}, {process_id}."
+        )
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+        raise ValueError(f"coordinator must be host:port; got {coordinator!r}.")
     jax.distributed.initialize(coordinator, num_processes, process_id)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ddim_jax.types import Data, EpsFn, Level
@@ -49,6 +50,8 @@ def check_same_shape(name: str, array: jax.Array, x: jax.Array) -> None:
 
 def check_floating(name: str, x: jax.Array) -> None:
     """Raise ValueError unless `x`, called `name` in the message, is floating point."""
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise ValueError(f"{name} must be an array; got {type(x).__name__}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{name} must be floating point, data in [-1, 1]; got dtype {x.dtype}. "
@@ -181,6 +184,8 @@ def clip_epsilon(
 def predict_noise(eps_fn: EpsFn, x: jax.Array, t: jax.Array) -> jax.Array:
     """eps_fn(x, t), refused with a ValueError when its shape is not x's."""
     eps = eps_fn(x, t)
+    if not isinstance(eps, jax.Array | np.ndarray):
+        raise ValueError(f"eps_fn must return an array; got {type(eps).__name__}.")
     if jnp.shape(eps) != jnp.shape(x):
         raise ValueError(
             f"eps_fn must return an array of x's shape {jnp.shape(x)}; got {jnp.shape(eps)}. "

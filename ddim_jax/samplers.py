@@ -171,6 +171,10 @@ def sample_trajectory(
 
 
 def _scan(key, eps_fn, schedule, x_T, timesteps, sampler, output):
+    if not isinstance(sampler, Sampler):
+        raise ValueError(
+            f"sampler must be a Sampler, such as ddim() returns; got {sampler!r}. Call it first."
+        )
     check_floating("x_T", x_T)
     timesteps = check_timesteps(timesteps, schedule.num_steps)
     if key is not None:
@@ -195,7 +199,7 @@ def encode(eps_fn: EpsFn, schedule: Schedule, x_0: Data, timesteps: Timesteps) -
     Runs eq. 12 upwards in exactly len(timesteps) steps. The network is never evaluated at clean
     data's index: the first step evaluates it at the lowest index of the list. The error of encoding
     then decoding falls as the list gets longer (section 5.4, Table 2).
-    Raises ValueError for timesteps out of order or range, and for an `eps_fn` that clips.
+    Raises ValueError for timesteps out of order or range, and for what `clip_x0` returned.
     """
     check_not_clipped(eps_fn)
     check_floating("x_0", x_0)

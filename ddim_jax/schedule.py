@@ -70,8 +70,10 @@ def _look_up(table: Float[Array, "T"], t: Index, clean: float) -> Float[Array, "
     t = _as_index(t)
     # Plain indexing would clamp or wrap silently. A wrong index must show, but no right one: else
     # jax_debug_nans would stop at clean data.
-    value = table.at[jnp.where(t == -1, 0, t)].get(
-        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+    value = (
+        jnp.asarray(table)
+        .at[jnp.where(t == -1, 0, t)]
+        .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     )
     return jnp.where(t == -1, jnp.full_like(value, clean), value)
 

@@ -203,8 +203,7 @@ def resize_and_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     Bilinear with antialiasing, and rounded as torchvision's Resize and CenterCrop round, which is
     what the paper's code prepares CelebA and LSUN with.
     """
-    scale = size / min(image.size)
-    width, height = (max(size, int(scale * side)) for side in image.size)
+    width, height = (size * side // min(image.size) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     resized = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
     return resized.crop((left, top, left + size, top + size))
@@ -283,6 +282,8 @@ def npz_file(path: str | os.PathLike[str]) -> ArraySource:
         )
     if images.ndim == 3:
         images = images[..., None]
+    if labels is not None and not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels of {path} must be integers 0 .. K - 1; got dtype {labels.dtype}.")
     num_classes = None if labels is None else int(labels.max(initial=0)) + 1
     return ArraySource(images, labels, str(path), num_classes)
 

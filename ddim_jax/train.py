@@ -141,7 +141,8 @@ def train_step(
     losses and gradients are then averaged over it. With `num_microbatches` the share is taken in
     that many equal parts, one after another, to save memory; the update is the same.
     The average's decay is min(ema_decay, (1 + step) / (10 + step)), so that a short run's average
-    is not its noise. A non-finite loss spoils the state: check "loss" before keeping it.
+    is not its noise. A state is spoilt where
+    "loss" or "grad_norm" is not finite: check both before keeping it.
     """
     size = jax.tree.leaves(batch)[0].shape[0]
     chex.assert_tree_shape_prefix(dict(batch), (size,))

@@ -21,8 +21,8 @@ def run(
 ) -> None:
     """Parse the command line into `config_type`, or a preset of it, and call `main` with it.
 
-    Wrong settings (ValueError) end with one line on stderr and exit code 2, a run that failed by
-    itself with exit code 1; neither hides a programming error, whose traceback is shown.
+    Wrong settings, a missing extra or file end with one line on stderr and exit code 2, a run that
+    diverged with exit code 1. DDIM_JAX_TRACEBACK=1 shows where it came from.
     """
     if presets is None:
         config = tyro.cli(config_type)
@@ -31,7 +31,7 @@ def run(
     _keep_compiled_programs()
     try:
         main(config)
-    except ValueError as error:
+    except (ValueError, OverflowError, ImportError, OSError) as error:
         _stop(error, 2)
     except FloatingPointError as error:
         _stop(error, 1)
@@ -45,5 +45,7 @@ def _keep_compiled_programs() -> None:
 
 
 def _stop(error: Exception, code: int) -> NoReturn:
+    if os.environ.get("DDIM_JAX_TRACEBACK"):
+        raise error
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(code)

@@ -1,6 +1,6 @@
 """Frechet distance of a folder or .npz of images against statistics.
 
-python experiments/fid.py out/samples --stats stats/cifar10.npz
+python experiments/fid.py out/samples/images --stats stats/cifar10.npz
 """
 
 from __future__ import annotations

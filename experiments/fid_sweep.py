@@ -16,11 +16,11 @@ import dataclasses
 import importlib.metadata
 import io
 import json
-import os
 import pathlib
 import platform
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -32,13 +32,12 @@ import numpy as np
 import pictures
 import sweep_report
 import tyro
-from measures import Measure, open_measures
+from measures import Measure, on_all_devices, open_measures
 from presets import ROUNDING
 from sweep_report import Eta, PaperTable
-from workdir import Trained, Weights, load_trained
+from workdir import Trained, Weights, load_trained, only_one_process, write_whole
 
 from ddim_jax.metrics.frechet import FeatureMoments, init_moments, update_moments
-from ddim_jax.parallel import over_devices
 from ddim_jax.samplers import ddim
 from ddim_jax.schedule import Spacing, ddim_timesteps
 
@@ -128,7 +127,7 @@ class Progress(NamedTuple):
 class Batch(NamedTuple):
     """Images on the devices, and their features for each measure."""
 
-    images: jax.Array
+    pixels: generate.Pixels
     features: dict[str, jax.Array]
 
 
@@ -147,39 +146,43 @@ def main(config: SweepConfig) -> None:
     measures = open_measures(config.stats, config.feature_weights, network.image_shape)
     out = pathlib.Path(config.out)
     settings = _settings(config, spacing, trained, measures)
-    there = _read_settings(out, settings, config.batch_size)
-    done = {Cell(line["S"], line["eta"]) for line in sweep_report.read_results(out)}
-    cells = [Cell(s, eta) for s in config.steps for eta in config.etas]
-    missing = [cell for cell in cells if cell not in done]
+    with only_one_process(out):
+        there = _read_settings(out, settings, config.batch_size)
+        done = {Cell(line["S"], line["eta"]) for line in sweep_report.read_results(out)}
+        cells = [Cell(s, eta) for s in config.steps for eta in config.etas]
+        missing = [cell for cell in cells if cell not in done]
 
-    if missing:
+        if missing:
 
-        def drawer(batch_size: int) -> Draw:
-            return _drawer(trained, measures, timesteps, config.seed, batch_size)
+            def drawer(batch_size: int) -> Draw:
+                return _drawer(trained, measures, timesteps, config.seed, batch_size)
 
-        batch_size = there or config.batch_size or _fitting_batch_size(drawer, missing[0], config)
-        _check_batch_size(batch_size)  # a continued sweep's may not suit the devices of today
-        settings["batch_size"] = batch_size
-        out.mkdir(parents=True, exist_ok=True)
-        _write(out / "sweep.json", (json.dumps(settings, indent=2) + "\n").encode())
-        draw = drawer(batch_size)
-        _print_estimate(draw, missing, config, batch_size)
-        deadline = started + (float("inf") if config.max_seconds is None else config.max_seconds)
-        compiled = None
-        for cell in missing:
-            if cell.num_steps != compiled:  # so that its seconds are sampling alone
-                jax.block_until_ready(draw(cell, 0))
-                compiled = cell.num_steps
-            progress = _measure(cell, draw, measures, config, batch_size, deadline)
-            if progress.count == config.num_samples:
-                line = _line(cell, progress, measures, settings)
-                _append(out / "results.jsonl", line)
-                (out / "partial.npz").unlink(missing_ok=True)
-                print(sweep_report.describe(line), flush=True)
-            if time.monotonic() > deadline:
-                print("stopped, time is up; call again for what is missing")
-                break
-    sweep_report.write_report(out, config.paper)
+            batch_size = (
+                there or config.batch_size or _fitting_batch_size(drawer, missing[0], config)
+            )
+            _check_batch_size(batch_size)  # a continued sweep's may not suit the devices of today
+            settings["batch_size"] = batch_size
+            write_whole(out / "sweep.json", (json.dumps(settings, indent=2) + "\n").encode())
+            draw = drawer(batch_size)
+            _print_estimate(draw, missing, config, batch_size)
+            deadline = started + (
+                float("inf") if config.max_seconds is None else config.max_seconds
+            )
+            compiled = None
+            for cell in missing:
+                if cell.num_steps != compiled:  # so that its seconds are sampling alone
+                    jax.block_until_ready(draw(cell, 0))
+                    compiled = cell.num_steps
+                progress = _measure(cell, draw, measures, config, batch_size, deadline)
+                if progress.count == config.num_samples:
+                    line = _line(cell, progress, measures, settings)
+                    _append(out / "results.jsonl", line)
+                    (out / "partial.npz").unlink(missing_ok=True)
+                    print(sweep_report.describe(line), flush=True)
+                if time.monotonic() > deadline:
+                    print("stopped, time is up; call again for what is missing")
+                    break
+        sweep_report.write_report(out, config.paper)
     print(f"{time.monotonic() - started:.0f} s in this call; see {out / 'report.html'}")
 
 
@@ -239,7 +242,7 @@ def _read_settings(out: pathlib.Path, wanted: dict[str, Any], batch_size: int | 
     path = out / "sweep.json"
     if not path.exists():
         return None
-    there = json.loads(path.read_text())
+    there = sweep_report.read_json(path, path.read_text())
     wanted = wanted | {"batch_size": batch_size or there["batch_size"]}
     differ = [
         f"{key} is {there.get(key)!r} there and {wanted.get(key)!r} now"
@@ -283,14 +286,18 @@ def _drawer(
         )
         for num_steps, grid in timesteps.items()
     }
-    networks = {m.name: (over_devices(m.network.apply_fn), m.network.params) for m in measures}
+    networks = {measure.name: on_all_devices(measure.network) for measure in measures}
 
     def draw(cell: Cell, start: int) -> Batch:
         sigma_hat = cell.eta == "sigma_hat"
         eta = 0.0 if cell.eta == "sigma_hat" else float(cell.eta)
         indices = jnp.arange(start, start + batch_size)
-        images = programs[cell.num_steps](trained.params, indices, seed, eta, sigma_hat)
-        return Batch(images, {name: fn(params, images) for name, (fn, params) in networks.items()})
+        pixels = programs[cell.num_steps](trained.params, indices, seed, eta, sigma_hat)
+        features = {
+            name: network.apply_fn(network.params, pixels.images)
+            for name, network in networks.items()
+        }
+        return Batch(pixels, features)
 
     return draw
 
@@ -329,11 +336,11 @@ def _measure(
     starts = range(count, config.num_samples, batch_size)
     for number, batch in enumerate(_one_ahead(lambda start: draw(cell, start), starts), 1):
         size = min(batch_size, config.num_samples - count)
+        images = generate.on_host(batch.pixels)[:size]
         if count == 0:
-            shown = np.asarray(batch.images[: min(size, GRID_IMAGES)])
-            pictures.save_grid(out / "samples" / f"{cell.name}.png", shown)
+            pictures.save_grid(out / "samples" / f"{cell.name}.png", images[:GRID_IMAGES])
         if config.save_images:
-            for i, image in enumerate(np.asarray(batch.images)[:size], count):
+            for i, image in enumerate(images, count):
                 pictures.save_png(out / "images" / cell.name / f"{i:06d}.png", image)
         moments = {
             name: update_moments(moments[name], np.asarray(features)[:size])
@@ -369,14 +376,19 @@ def _save_progress(out: pathlib.Path, cell: Cell, progress: Progress) -> None:
     }
     file = io.BytesIO()
     np.savez(file, cell=cell.name, count=progress.count, seconds=progress.seconds, **arrays)
-    _write(out / "partial.npz", file.getvalue())
+    write_whole(out / "partial.npz", file.getvalue())
 
 
 def _load_progress(out: pathlib.Path, cell: Cell, measures: list[Measure]) -> Progress:
     path = out / "partial.npz"
     if path.exists():
-        with np.load(path) as file:
-            arrays = dict(file)
+        try:
+            with np.load(path) as file:
+                arrays = dict(file)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); delete it to draw this cell again."
+            ) from error
         if str(arrays["cell"]) == cell.name:
             moments = {
                 m.name: FeatureMoments(*(arrays[f"{m.name}.{f}"] for f in FeatureMoments._fields))
@@ -416,13 +428,7 @@ def _version(package: str) -> str:
 def _append(path: pathlib.Path, line: dict[str, Any]) -> None:
     """Add one line; a kill leaves the old file or the new one, never half a line."""
     before = path.read_bytes() if path.exists() else b""
-    _write(path, before + (json.dumps(line) + "\n").encode())
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_bytes(content)
-    os.replace(new, path)
+    write_whole(path, before + (json.dumps(line) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 from workdir import Network
 
 from ddim_jax.data import to_uint8
@@ -43,10 +43,33 @@ def make_sampler(name: SamplerName, eta: float = 0.0, sigma_hat: bool = False) -
             return probability_flow_euler()
 
 
+class Pixels(NamedTuple):
+    """Images on the device, and which of them were finite before they became whole numbers."""
+
+    images: UInt8[Array, "B *shape"]
+    finite: Bool[Array, "B"]
+
+
+def to_pixels(x: Float[Array, "B *shape"]) -> Pixels:
+    """The uint8 images of x in [-1, 1]."""
+    return Pixels(to_uint8(x), jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))))
+
+
+def on_host(pixels: Pixels) -> UInt8[np.ndarray, "B *shape"]:
+    """The images. Raises FloatingPointError where one is not finite, which would show as black."""
+    finite = np.asarray(pixels.finite)
+    if not finite.all():
+        raise FloatingPointError(
+            f"{np.sum(~finite)} of {len(finite)} images are not finite: the weights, or the "
+            "sampler with these settings, diverged. Nothing was written of them."
+        )
+    return np.asarray(pixels.images)
+
+
 def image_program(
     network: Network, timesteps: Timesteps, make_sampler: SamplerFn = lambda: ddim()
-) -> Callable[..., UInt8[Array, "B H W C"]]:
-    """A compiled program (params, indices, seed, *values) -> uint8 images of these indices.
+) -> Callable[..., Pixels]:
+    """A compiled program (params, indices, seed, *values) -> the images of these indices.
 
     One compilation for each batch size serves all weights, seeds and values, such as eta.
     """
@@ -57,7 +80,7 @@ def image_program(
         classes = network.model.num_classes
         eps_fn = network.eps_fn(params, None if classes is None else indices % classes)
         x_0 = sample(keys, eps_fn, network.schedule, x_T, timesteps, make_sampler(*values))
-        return to_uint8(x_0)
+        return to_pixels(x_0)
 
     program = over_devices(draw)
     return lambda params, indices, seed, *values: program((params, seed, values), indices)
@@ -80,11 +103,12 @@ def image_batches(
     batch_size = -(-min(batch_size, num_images) // devices) * devices
     waiting = None
     for start in range(0, num_images, batch_size):
-        images = program(params, jnp.arange(start, start + batch_size), seed, *values)
+        pixels = program(params, jnp.arange(start, start + batch_size), seed, *values)
         if waiting is not None:
-            yield np.asarray(waiting)
-        waiting = images[: num_images - start]
-    yield np.asarray(waiting)
+            yield on_host(waiting)
+        waiting = Pixels(*(array[: num_images - start] for array in pixels))
+    if waiting is not None:
+        yield on_host(waiting)
 
 
 def images(

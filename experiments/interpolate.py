@@ -10,6 +10,7 @@ import dataclasses
 import pathlib
 
 import cli
+import generate
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -18,7 +19,7 @@ import panels
 import real
 from workdir import Trained, Weights, load_trained
 
-from ddim_jax.data import to_model_range, to_uint8
+from ddim_jax.data import to_model_range
 from ddim_jax.keys import initial_noise
 from ddim_jax.latents import interpolation_grid, interpolation_line, lerp, slerp
 from ddim_jax.parallel import over_devices
@@ -72,6 +73,11 @@ def main(config: InterpolateConfig) -> None:
     timesteps = ddim_timesteps(
         network.schedule.num_steps, config.num_sample_steps, config.spacing or network.spacing
     )
+    classes = network.model.num_classes or 1
+    if not 0 <= config.label < classes:
+        raise ValueError(
+            f"label must be in [0, {classes - 1}], the classes of this network; got {config.label}."
+        )
     noise, _ = initial_noise(jax.random.key(config.seed), jnp.arange(4), network.image_shape)
     originals = None
     ends = noise[:2]
@@ -118,9 +124,10 @@ def _encode(trained: Trained, timesteps, images, config: InterpolateConfig):
 def _decode(trained: Trained, timesteps, latents, config: InterpolateConfig):
     def program(params, x_T, label):
         eps_fn = real.eps_fn(trained.network, params, label)
-        return to_uint8(sample(None, eps_fn, trained.network.schedule, x_T, timesteps))
+        x_0 = sample(None, eps_fn, trained.network.schedule, x_T, timesteps)
+        return generate.to_pixels(x_0)
 
-    return _run(program, trained, latents, config)
+    return generate.on_host(_run(program, trained, latents, config))
 
 
 def _run(program, trained: Trained, rows, config: InterpolateConfig):

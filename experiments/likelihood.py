@@ -59,9 +59,12 @@ class LikelihoodConfig:
 
 def main(config: LikelihoodConfig) -> None:
     """Measure, print, plot."""
+    real.check_batch_size(config.batch_size)
     trained = load_trained(config.workdir, config.weights)
     network = trained.network
-    num_steps = config.num_sample_steps or network.schedule.num_steps
+    num_steps = config.num_sample_steps
+    if num_steps is None:
+        num_steps = network.schedule.num_steps
     timesteps = ddim_timesteps(network.schedule.num_steps, num_steps, config.spacing)
     small = process_sigmas(network.schedule, timesteps)
     # name -> stds of the process q and of the model p
@@ -75,19 +78,24 @@ def main(config: LikelihoodConfig) -> None:
     source = real.open_source(config.workdir, network, config.data, config.split, config.data_dir)
     images = real.first(source, config.num_images)
 
+    out = pathlib.Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
     program = bound_program(network, timesteps, list(processes.values()), config.seed)
     indices = np.arange(len(images.image))
     terms = real.over_batches(program, trained.params, config.batch_size, *images, indices)
     rows = [_row(name, jax.tree.map(lambda a, i=i: a[:, i], terms)) for i, name in
             enumerate(processes)]  # fmt: skip
+    if not all(np.isfinite(row["total"]) for row in rows):
+        raise FloatingPointError(
+            "a bound is not finite: an eta adds more noise than a step has room for "
+            f"(sigma^2 > 1 - alpha_bar_prev), or the weights diverged. {_table(rows)}"
+        )
     print(_table(rows))
     print(
         f"\nBits per dimension, mean over {len(indices)} images of {source.name}, split "
         f"{config.split}, and standard error over images; S = {num_steps} {config.spacing}, "
         f"{config.weights} weights of step {trained.step}, seed {config.seed}."
     )
-    out = pathlib.Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(
         json.dumps(
             dataclasses.asdict(config) | {"timesteps": timesteps.tolist(), "rows": rows}, indent=2

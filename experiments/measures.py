@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from ddim_jax.metrics.frechet import FeatureMoments, few_samples_warning
 from ddim_jax.metrics.statistics import (
@@ -18,7 +19,7 @@ from ddim_jax.metrics.statistics import (
     feature_network,
     load_statistics,
 )
-from ddim_jax.parallel import over_devices
+from ddim_jax.parallel import everywhere, over_devices
 
 CLASSIFIER_FILE = "classifier.safetensors"
 """What train_classifier.py writes, and where statistics of classifier features look for it."""
@@ -85,8 +86,17 @@ def open_measures(
 
 
 def on_all_devices(network: FeatureNetwork) -> FeatureNetwork:
-    """The network with its batches split over the devices; they must divide the batch size."""
-    return dataclasses.replace(network, apply_fn=over_devices(network.apply_fn))
+    """The network with its batches split over the devices; one that does not divide is filled."""
+    program, devices = over_devices(network.apply_fn), jax.local_device_count()
+
+    def apply_fn(params, images):
+        missing = -len(images) % devices
+        if not missing:
+            return program(params, images)
+        filled = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
+        return program(params, filled)[: len(images)]
+
+    return dataclasses.replace(network, apply_fn=apply_fn, params=everywhere(network.params))
 
 
 def whole_batch_size(batch_size: int, num_images: int) -> int:

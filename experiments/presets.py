@@ -70,6 +70,8 @@ class ScheduleConfig:
                 return scaled_linear_schedule(self.num_steps, self.beta_start, self.beta_end)
             case "cosine":
                 return cosine_schedule(self.num_steps)
+            case _:
+                raise ValueError(f"schedule.name is unknown; got {self.name!r}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ def open_source(
     data = data or config.get("data")
     if data is None:
         raise ValueError(f"data must be given: {workdir} does not say what it was trained on.")
-    own = data == config.get("data")
+    own = pathlib.Path(data) == pathlib.Path(config.get("data") or "")  # a/ is a
     image_size = config.get("image_size") if own else None
     data_dir = data_dir or (config.get("data_dir") if own else None)
     source = load_images(data, split=split, data_dir=data_dir, image_size=image_size)
@@ -42,7 +42,7 @@ def open_source(
     if tuple(source.image_shape) != network.image_shape:
         raise ValueError(
             f"data must hold images of the network's shape {network.image_shape}; {source.name} "
-            f"has {tuple(source.image_shape)}."
+            f"has {tuple(source.image_shape)}. Resize them first."
         )
     if network.model.num_classes is not None and source.num_classes is None:
         raise ValueError(f"data must have labels for a conditional network; {source.name} has not.")
@@ -80,6 +80,12 @@ def eps_fn(network: Network, params: Any, label: jax.Array) -> EpsFn:
     return network.eps_fn(params, None if network.model.num_classes is None else label)
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Raise ValueError for a batch of nothing."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+
+
 def over_batches(
     program: Callable[..., Any], params: Any, batch_size: int, *arrays: np.ndarray
 ) -> Any:
@@ -88,8 +94,7 @@ def over_batches(
     The last batch is filled up and its result cut, so that one program is compiled; a batch is
     rounded up to a multiple of the devices. Returns numpy arrays with one row for each row.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+    check_batch_size(batch_size)
     num_rows, devices = len(arrays[0]), jax.local_device_count()
     batch_size = -(-min(batch_size, num_rows) // devices) * devices
     parts = []

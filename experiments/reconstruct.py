@@ -11,6 +11,7 @@ import json
 import pathlib
 
 import cli
+import generate
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +19,7 @@ import panels
 import real
 from workdir import Network, Trained, Weights, load_trained
 
-from ddim_jax.data import to_model_range, to_uint8
+from ddim_jax.data import to_model_range
 from ddim_jax.inversion import encode_fixed_point
 from ddim_jax.parallel import over_devices
 from ddim_jax.samplers import Timesteps, encode, sample
@@ -65,6 +66,7 @@ def main(config: ReconstructConfig) -> None:
     iterations = config.fixed_point_iterations
     if iterations is not None and iterations < 1:
         raise ValueError(f"fixed_point_iterations must be at least 1; got {iterations}.")
+    real.check_batch_size(config.batch_size)
     if not config.steps:
         raise ValueError("steps must name at least one number of steps; got none.")
     trained = load_trained(config.workdir, config.weights)
@@ -81,8 +83,11 @@ def main(config: ReconstructConfig) -> None:
 
     def run(timesteps: Timesteps, num_iterations: int | None = None):
         program = reconstruction_program(network, timesteps, num_iterations)
-        return real.over_batches(program, trained.params, config.batch_size, *images)
+        error, *pictures = real.over_batches(program, trained.params, config.batch_size, *images)
+        return error, *map(generate.on_host, pictures)
 
+    out = pathlib.Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
     rows, decoded, latent = [], {}, None
     for num_steps, timesteps in grids.items():
         errors, latent, decoded[num_steps] = run(timesteps)
@@ -93,8 +98,6 @@ def main(config: ReconstructConfig) -> None:
         print(f"S = {num_steps:4d}  error {row['mse']:.2e}", flush=True)
     print(f"\n{_table(rows, iterations)}\n\n{_conditions(config, trained, spacing, source.name)}")
 
-    out = pathlib.Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(
         json.dumps(dataclasses.asdict(config) | {"rows": rows}, indent=2) + "\n"
     )
@@ -120,7 +123,7 @@ def reconstruction_program(
             x_T = encode_fixed_point(eps_fn, schedule, x_0, timesteps, num_iterations)
         decoded = sample(None, eps_fn, schedule, x_T, timesteps)
         error = jnp.mean(((decoded - x_0) / 2) ** 2, axis=(1, 2, 3))
-        return error, to_uint8(x_T / 3), to_uint8(decoded)
+        return error, generate.to_pixels(x_T / 3), generate.to_pixels(decoded)
 
     return over_devices(reconstruct)
 

@@ -58,6 +58,8 @@ def main(config: SampleConfig) -> None:
     network = trained.network
     spacing = config.spacing or network.spacing
     timesteps = ddim_timesteps(network.schedule.num_steps, config.num_sample_steps, spacing)
+    out = pathlib.Path(config.out)
+    _check_out(out, config.num_images)
     program = generate.image_program(network, timesteps, lambda: sampler)
     started = time.monotonic()
     images = generate.images(
@@ -65,11 +67,9 @@ def main(config: SampleConfig) -> None:
     )
     seconds = time.monotonic() - started
 
-    out = pathlib.Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     pictures.save_grid(out / "grid.png", images)
     for i, image in enumerate(images):
-        pictures.save_png(out / f"{i:05d}.png", image)
+        pictures.save_png(out / "images" / f"{i:05d}.png", image)
     if config.save_npz:
         np.savez(out / "samples.npz", images=images)
     if config.sampler == "ddim":
@@ -81,6 +81,17 @@ def main(config: SampleConfig) -> None:
         f"S = {config.num_sample_steps} {spacing}, {rule}, seed {config.seed}, "
         f"{seconds:.1f} s with compilation"
     )
+
+
+def _check_out(out: pathlib.Path, num_images: int) -> None:
+    """Make the folder, unless images would be left in it that are not of this call."""
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    more = sum(int(path.stem) >= num_images for path in (out / "images").glob("[0-9]*.png"))
+    if more:
+        raise ValueError(
+            f"out {out} holds {more} images more than the {num_images} asked for, of an earlier "
+            "call; delete them or give another folder."
+        )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,20 @@ def main(config: ReportConfig) -> None:
 def read_results(out: pathlib.Path) -> list[dict[str, Any]]:
     """The finished cells of a sweep."""
     path = out / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    return [read_json(path, line) for line in path.read_text().splitlines()]
+
+
+def read_json(path: pathlib.Path, text: str) -> dict[str, Any]:
+    """The text as JSON; a ValueError that names its file if it is damaged."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete the bad line, or the file, to measure its cells "
+            "again."
+        ) from error
 
 
 def method_name(eta: Eta) -> str:

@@ -24,7 +24,7 @@ import pictures
 import tensorboardX
 import tqdm
 from presets import PRESETS, ROUNDING, TrainConfig
-from workdir import Network, checkpoints, write_config
+from workdir import Network, checkpoints, only_one_process, write_config, write_whole
 
 from ddim_jax import data, parallel, train
 from ddim_jax.schedule import ddim_timesteps
@@ -32,11 +32,43 @@ from ddim_jax.schedule import ddim_timesteps
 
 def run(config: TrainConfig) -> None:
     """Train to config.max_steps, or for config.max_seconds, leaving a checkpoint."""
-    started = time.monotonic()
+    _check(config)
     if config.distributed:
         parallel.initialize_distributed(config.coordinator, config.num_processes, config.process_id)
         if config.max_seconds is not None and jax.process_count() > 1:
             raise ValueError("max_seconds must be None with several hosts: their clocks differ.")
+    _train(config)
+
+
+def _check(config: TrainConfig) -> None:
+    """Refuse, before anything is written, settings that no run could use."""
+    least: dict[str, float] = {
+        "max_steps": 1,
+        "batch_size": 1,
+        "num_microbatches": 1,
+        "warmup_steps": 0,
+        "seed": 0,
+        "max_seconds": 0,
+        "log_every": 1,
+        "sample_every": 0,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 1,
+        "num_workers": 0,
+    }
+    for name, lowest in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= lowest:
+            raise ValueError(f"{name} must be at least {lowest}; got {value}.")
+    for name in ("learning_rate", "clip_norm"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be above 0 and finite; got {value}.")
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1); got {config.ema_decay}.")
+
+
+def _train(config: TrainConfig) -> None:
+    started = time.monotonic()
     parallel.check_batch_size(config.batch_size, config.num_microbatches)
     workdir = pathlib.Path(config.workdir)
     source = data.load_images(
@@ -66,10 +98,15 @@ def run(config: TrainConfig) -> None:
     # Traced before anything is written: a network that does not fit the images is refused here.
     key = jax.random.key(config.seed, impl="threefry2x32")
     template = jax.eval_shape(initial_state, key)
-    facts = {"image_shape": source.image_shape, "rounding": ROUNDING}
-    if jax.process_index() == 0:
-        write_config(workdir, dataclasses.asdict(config) | facts)
+    facts = {
+        "image_shape": source.image_shape,
+        "num_images": len(source),
+        "rounding": ROUNDING,
+    }
     with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(only_one_process(workdir))
+            write_config(workdir, dataclasses.asdict(config) | facts)
         checkpointer = stack.enter_context(checkpoints(workdir, config.keep_checkpoints))
         if checkpointer.latest_step() is None:
             # Runs once: on a CPU optimizing this program takes far longer than running it.
@@ -96,20 +133,21 @@ def run(config: TrainConfig) -> None:
         network = Network(model, schedule, source.image_shape, config.spacing)
         preview = _preview_program(network) if config.sample_every else None
         before = None  # step and metrics of the update before this one
+        max_seconds = float("inf") if config.max_seconds is None else config.max_seconds
         for step in range(start + 1, config.max_steps + 1):
             replicas, metrics = step_fn(replicas, next(batches))
             if before is not None:
                 log.write(*before)  # one step late, so that the device never waits
             before = (step, metrics)
             seconds = time.monotonic() - started
-            last = step == config.max_steps or seconds > (config.max_seconds or float("inf"))
+            last = step == config.max_steps or seconds > max_seconds
             if last or step % config.checkpoint_every == 0:
-                log.check(step, metrics)  # a spoilt state is never saved
+                log.read(step, metrics)  # a spoilt state is never saved
                 checkpointer.save(step, parallel.unreplicate(replicas))
             if preview is not None and (
                 step == config.max_steps or step % config.sample_every == 0
             ):
-                log.picture(step, preview(parallel.unreplicate(replicas).ema_params))
+                log.picture(step, preview(parallel.unreplicate(replicas.ema_params)))
             if last:
                 log.write(step, metrics)
                 break
@@ -148,7 +186,7 @@ def _preview_program(network: Network):
     count = -(-64 // jax.local_device_count()) * jax.local_device_count()
 
     program = generate.image_program(network, timesteps)
-    return lambda params: np.asarray(program(params, jnp.arange(count), 0))[:64]
+    return lambda params: np.asarray(program(params, jnp.arange(count), 0).images)[:64]
 
 
 class _Log:
@@ -166,7 +204,9 @@ class _Log:
     def __enter__(self) -> _Log:
         if self._writes:
             self._board = tensorboardX.SummaryWriter(str(self._workdir / "tensorboard"))
-            self._lines = (self._workdir / "metrics.jsonl").open("a", buffering=1)
+            path = self._workdir / "metrics.jsonl"
+            _forget_after(path, self._step)
+            self._lines = path.open("a", buffering=1)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -175,19 +215,22 @@ class _Log:
             self._board.close()
             self._lines.close()
 
-    def check(self, step: int, metrics: dict[str, jax.Array]) -> float:
-        """The loss of a step; raises FloatingPointError if it is not finite."""
-        loss = float(parallel.unreplicate(metrics["loss"]))
-        if not np.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of step {step} is {loss}; the last good checkpoint is kept in "
-                f"{self._workdir}. Lower the learning rate or lengthen the warm-up."
-            )
-        return loss
+    def read(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        """The metrics of a step; raises FloatingPointError if its update spoilt the state."""
+        values = {name: float(value) for name, value in parallel.unreplicate(metrics).items()}
+        for name, value in values.items():
+            if not np.isfinite(value):
+                raise FloatingPointError(
+                    f"the {name} of step {step} is {value}; checkpoints from before, if any, are "
+                    f"kept in {self._workdir}. Lower the learning rate or lengthen the warm-up, in "
+                    "another workdir."
+                )
+        return values
 
     def write(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Record one step; every `log_every` steps write the mean since the last line."""
-        self._losses.append(self.check(step, metrics))
+        values = self.read(step, metrics)
+        self._losses.append(values["loss"])
         self._bar.update(1)
         if step % self._every:
             return
@@ -195,7 +238,7 @@ class _Log:
         line = {
             "step": step,
             "loss": float(np.mean(self._losses)),
-            "grad_norm": float(parallel.unreplicate(metrics["grad_norm"])),
+            "grad_norm": values["grad_norm"],
             "images_per_second": (step - self._step) * self._batch_size / (now - self._time),
         }
         self._losses, self._time, self._step = [], now, step
@@ -211,6 +254,15 @@ class _Log:
         if self._writes:
             pictures.save_grid(self._workdir / "samples" / f"step_{step:07d}.png", images)
             self._board.add_image("samples", pictures.tile(images, 8), step, dataformats="HWC")
+
+
+def _forget_after(path: pathlib.Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run takes again, and one that a kill cut short."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_whole(path, "".join(kept).encode())
 
 
 if __name__ == "__main__":

@@ -73,6 +73,11 @@ PRESETS: dict[str, tuple[str, ClassifierConfig]] = {
 
 def main(config: ClassifierConfig) -> None:
     """Train, test, and write the weights."""
+    for name in ("width", "num_steps", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")
+    if not 0 < config.learning_rate < float("inf"):
+        raise ValueError(f"learning_rate must be above 0; got {config.learning_rate}.")
     train_set, test_set = _load(config)
     if train_set.num_classes is None:
         raise ValueError(
@@ -84,6 +89,8 @@ def main(config: ClassifierConfig) -> None:
     params = init_classifier(jax.random.key(config.seed), model, train_set.image_shape)
     update = jax.jit(functools.partial(_update, model, tx, config.flip), donate_argnums=(0, 1))
 
+    out = pathlib.Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)  # a path that cannot be written is refused now
     started = time.monotonic()
     opt_state = tx.init(params)
     batches = data.batches(train_set, config.batch_size, seed=config.seed)
@@ -98,8 +105,6 @@ def main(config: ClassifierConfig) -> None:
     seconds = time.monotonic() - started
     accuracy = _accuracy(model, params, test_set)
 
-    out = pathlib.Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     recipe = dataclasses.asdict(config) | {"test_accuracy": accuracy}
     digest = save_classifier(out / CLASSIFIER_FILE, model, params, recipe)
     print(

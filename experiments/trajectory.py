@@ -18,7 +18,6 @@ import pictures
 import real
 from workdir import Trained, Weights, load_trained
 
-from ddim_jax.data import to_uint8
 from ddim_jax.keys import initial_noise
 from ddim_jax.parallel import over_devices
 from ddim_jax.samplers import sample_trajectory
@@ -86,10 +85,11 @@ def _trajectories(trained: Trained, timesteps, sampler, config: TrajectoryConfig
         label = indices % (network.model.num_classes or 1)
         eps_fn = real.eps_fn(network, params, label)
         both = sample_trajectory(keys, eps_fn, network.schedule, x_T, timesteps, sampler)
-        return jax.tree.map(lambda x: to_uint8(x).swapaxes(0, 1), both)
+        return tuple(generate.to_pixels(x.swapaxes(0, 1)) for x in both)
 
     indices = np.arange(config.num_images)
-    return real.over_batches(over_devices(program), trained.params, len(indices), indices)
+    both = real.over_batches(over_devices(program), trained.params, len(indices), indices)
+    return tuple(map(generate.on_host, both))
 
 
 def _distance_to_end(x0s) -> np.ndarray:

@@ -7,11 +7,14 @@ arguments of the scripts and never stored with weights.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -20,6 +23,7 @@ import numpy as np
 from presets import ModelConfig, ScheduleConfig
 
 from ddim_jax.checkpoint import Checkpointer
+from ddim_jax.parallel import everywhere
 from ddim_jax.schedule import Schedule, Spacing
 from ddim_jax.types import EpsFn
 from ddim_jax.unet import UNet
@@ -73,6 +77,7 @@ class Trained:
 
     network: Network
     params: Any
+    """On every device of this host."""
     step: int
     weights: Weights
 
@@ -94,8 +99,15 @@ def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     """Write config.json, or raise ValueError if the one there is of another run."""
     path = workdir / "config.json"
     wanted = json.loads(json.dumps(config))  # tuples become lists, as they do in the file
-    if path.exists():
+    with checkpoints(workdir) as checkpointer:
+        begun = path.exists() and checkpointer.latest_step() is not None
+    if begun:  # a run that saved nothing binds nobody
         there = read_config(workdir)
+        if "converted_from" in there and "converted_from" not in wanted:
+            raise ValueError(
+                f"workdir {workdir} holds converted weights, which cannot be trained on; give "
+                "another workdir."
+            )
         differ = [
             f"{key} is {there.get(key)!r} there and {wanted.get(key)!r} now"
             for key in sorted(there.keys() | wanted.keys())
@@ -107,7 +119,29 @@ def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
                 "Give the same settings to resume it, or another workdir."
             )
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=2) + "\n")
+    write_whole(path, (json.dumps(wanted, indent=2) + "\n").encode())
+
+
+def write_whole(path: pathlib.Path, content: bytes) -> None:
+    """Write a file so that a kill, or a full disk, leaves the old content or the new."""
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(content)
+    os.replace(new, path)
+
+
+@contextlib.contextmanager
+def only_one_process(folder: pathlib.Path) -> Iterator[None]:
+    """Hold the folder; ValueError if another process does. A killed process lets go of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder} is in use by another process of this command; wait for it, or give "
+                "another folder."
+            ) from error
+        yield
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
@@ -132,13 +166,19 @@ def checkpoints(workdir: pathlib.Path, keep: int = 3) -> Checkpointer:
 def load_network(workdir: str | pathlib.Path) -> Network:
     """The network that a workdir's config.json describes."""
     config = read_config(pathlib.Path(workdir))
-    image_shape = tuple(config["image_shape"])
-    return Network(
-        model=ModelConfig(**_tuples(config["model"])).make(image_shape[-1]),
-        schedule=ScheduleConfig(**config["schedule"]).make(),
-        image_shape=image_shape,
-        spacing=config["spacing"],
-    )
+    try:
+        image_shape = tuple(config["image_shape"])
+        return Network(
+            model=ModelConfig(**_tuples(config["model"])).make(image_shape[-1]),
+            schedule=ScheduleConfig(**config["schedule"]).make(),
+            image_shape=image_shape,
+            spacing=config["spacing"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{workdir}/config.json does not describe a network: {type(error).__name__} {error}. "
+            "Restore it from the run's log or train anew."
+        ) from error
 
 
 def load_trained(
@@ -161,7 +201,7 @@ def load_trained(
     with checkpoints(pathlib.Path(workdir)) as checkpointer:
         params = checkpointer.restore({name: shapes}, step, partial=True)[name]
         step = checkpointer.latest_step() if step is None else step
-    return Trained(network, params, step or 0, weights)
+    return Trained(network, everywhere(params), step or 0, weights)
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

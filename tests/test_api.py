@@ -251,23 +251,20 @@ def test_the_reference_imports_nothing_of_ours():
 
 
 IMPORT = """
-import json, sys, time
+import json, sys
 import jax
-start = time.process_time()
 import ddim_jax
-seconds = time.process_time() - start
 from jax._src import xla_bridge
-print(json.dumps([seconds, list(sys.modules), len(xla_bridge._backends)]))
+print(json.dumps([list(sys.modules), len(xla_bridge._backends)]))
 """
 
 
 @pytest.fixture(scope="module")
 def imported():
-    """What two fresh interpreters say of the import: seconds, modules loaded, backends started."""
+    """What a fresh interpreter says of the import: modules loaded, backends started."""
     command = [sys.executable, "-c", IMPORT]
-    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-    runs = [run(command, cwd=PACKAGE.parent) for _ in range(2)]
-    return [json.loads(run.stdout) for run in runs]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    return json.loads(run.stdout)
 
 
 def test_the_import_loads_no_heavy_package(imported):
@@ -285,14 +282,9 @@ def test_the_import_loads_no_heavy_package(imported):
             "PIL",
         ]
     )
-    assert not heavy & set(imported[0][1])
-
-
-def test_the_import_costs_at_most_a_fifth_of_a_second_over_jax(imported):
-    """In processor time, so that a busy machine does not matter; the better of two."""
-    assert min(seconds for seconds, _, _ in imported) < 0.2
+    assert not heavy & set(imported[0])
 
 
 def test_the_import_starts_no_backend(imported):
     """Else it would take the accelerator, or spoil a later jax.distributed.initialize."""
-    assert imported[0][2] == 0
+    assert imported[1] == 0

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from counting import visited
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
@@ -271,25 +272,16 @@ def test_keys_per_image_make_the_batch_irrelevant():
 
 def test_network_calls_and_gradient():
     """S calls, at the timesteps; and the bound trains a network."""
-    count, timesteps = [], dj.ddim_timesteps(1000, 6)
+    timesteps = dj.ddim_timesteps(1000, 6)
     sigma, x0 = process_sigmas(SCHEDULE, timesteps), images(0, (2, 3))
 
-    def total(scale, spy):
-        def eps_fn(x, t):
-            if spy:
-                jax.debug.callback(lambda t: count.append(int(t)), t)
-            return scale * golden_eps(x, t)
+    def bound(eps_fn):
+        return variational_bound(jax.random.key(0), eps_fn, SCHEDULE, x0, timesteps, sigma)
 
-        return variational_bound(
-            jax.random.key(0), eps_fn, SCHEDULE, x0, timesteps, sigma
-        ).total.sum()
-
-    jax.jit(total, static_argnums=1)(1.0, True)
-    jax.effects_barrier()
-    assert sorted(count, reverse=True) == timesteps.tolist()
-    quiet = jax.jit(functools.partial(total, spy=False))
-    quotient = (quiet(1.01) - quiet(0.99)) / 0.02
-    np.testing.assert_allclose(jax.grad(quiet)(1.0), quotient, rtol=1e-2)
+    assert visited(bound, golden_eps) == timesteps.tolist()
+    total = jax.jit(lambda scale: bound(lambda x, t: scale * golden_eps(x, t)).total.sum())
+    quotient = (total(1.01) - total(0.99)) / 0.02
+    np.testing.assert_allclose(jax.grad(total)(1.0), quotient, rtol=1e-2)
 
 
 def test_sigmas_may_be_traced_and_too_large_ones_give_nan():

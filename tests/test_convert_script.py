@@ -65,7 +65,7 @@ def test_a_converted_folder_samples_and_converts_back_to_the_same_files(folder, 
     sample.main(
         sample.SampleConfig(str(workdir), str(tmp_path / "s"), num_images=2, num_sample_steps=2)
     )
-    assert (tmp_path / "s" / "00001.png").is_file()
+    assert (tmp_path / "s" / "images" / "00001.png").is_file()
 
     convert.main(ConvertConfig(workdir=str(workdir), target="diffusers", out=str(back)))
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]

@@ -19,7 +19,7 @@ import pictures
 import sample
 import train
 from presets import PRESETS, ModelConfig
-from workdir import load_trained, read_config, write_config
+from workdir import load_trained, only_one_process, read_config, write_config
 
 from ddim_jax.checkpoint import Checkpointer
 
@@ -114,6 +114,19 @@ def test_a_workdir_of_another_run_is_refused_and_left_alone(trained):
     "change, message",
     [
         ({"batch_size": 0}, "batch_size"),
+        ({"max_steps": 0}, "max_steps must be at least 1; got 0"),
+        ({"log_every": 0}, "log_every must be at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
+        ({"ema_decay": 2.0}, r"ema_decay must be in \[0, 1\)"),
+        ({"distributed": True, "num_processes": 1}, "must be given together"),
+        (
+            {"distributed": True, "coordinator": "x", "num_processes": 1, "process_id": 0},
+            "coordinator must be host:port; got 'x'",
+        ),
         ({"data": "no/such/folder"}, "no/such/folder"),
         ({"model": ModelConfig(channels=8, norm_groups=3)}, "norm_groups"),
         ({"model": dataclasses.replace(SMALL.model, channel_mults=(1, 1, 1, 1, 1))}, "divisible"),
@@ -127,12 +140,87 @@ def test_bad_settings_are_refused_before_anything_is_written(change, message, tm
     assert not workdir.exists()
 
 
+def test_a_run_that_saved_nothing_binds_nobody(tmp_path):
+    write_config(tmp_path, {"learning_rate": 1.0})
+    write_config(tmp_path, {"learning_rate": 2.0})
+    assert read_config(tmp_path) == {"learning_rate": 2.0}
+
+
+def test_a_spoilt_gradient_is_never_saved_though_the_loss_is_finite(tmp_path, monkeypatch):
+    """sqrt at 0 is finite, its slope is not; and 0 times that is NaN."""
+
+    def loss_fn(params, key, places, batch):
+        corner = sum(jax.numpy.sum(0 * jax.numpy.abs(p)) for p in jax.tree.leaves(params))
+        return 1.0 + jax.numpy.sqrt(corner) + jax.numpy.zeros(len(places))
+
+    monkeypatch.setattr(train.train, "diffusion_loss", lambda *args, **options: loss_fn)
+    with pytest.raises(FloatingPointError, match="grad_norm of step 1 is nan"):
+        train.run(dataclasses.replace(SMALL, workdir=str(tmp_path), max_steps=1))
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        assert checkpointer.latest_step() is None
+
+
+def test_lines_of_steps_taken_again_are_dropped(trained, tmp_path):
+    """As a kill between two checkpoints leaves them, the last one cut short."""
+    config = dataclasses.replace(SMALL, workdir=str(tmp_path), max_steps=2, log_every=1)
+    train.run(config)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 9.0}\n{"step": 4, "lo')
+    train.run(dataclasses.replace(config, max_steps=4))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["loss"] < 9 for line in lines)
+
+
+def test_a_workdir_in_use_is_refused(tmp_path):
+    with (
+        only_one_process(tmp_path),
+        pytest.raises(ValueError, match="in use by another process"),
+    ):
+        train.run(dataclasses.replace(SMALL, workdir=str(tmp_path)))
+    train.run(dataclasses.replace(SMALL, workdir=str(tmp_path), max_steps=1))
+
+
+def test_config_files_are_written_whole(tmp_path, monkeypatch):
+    """A kill or a full disk while writing leaves the old file."""
+    write_config(tmp_path, {"seed": 1})
+
+    def full(self, content):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no space"):
+        write_config(tmp_path, {"seed": 2})
+    assert read_config(tmp_path) == {"seed": 1}
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"image_shape": [8, 8, 1], "model": {"no": 1}}'])
+def test_a_config_that_describes_no_network_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json does not describe a network"):
+        load_trained(tmp_path)
+
+
+def test_images_that_are_not_finite_stop_the_script(trained, tmp_path):
+    """eta = 9 leaves no room for the noise: NaN, which as uint8 would be black."""
+    with pytest.raises(FloatingPointError, match="5 of 5 images are not finite"):
+        draw(trained, tmp_path / "a", eta=9.0)
+    assert not list((tmp_path / "a").rglob("*.png"))
+
+
+def test_images_of_an_earlier_call_are_not_left_among_new_ones(trained, tmp_path):
+    draw(trained, tmp_path / "a")
+    with pytest.raises(ValueError, match="holds 2 images more than the 3 asked for"):
+        draw(trained, tmp_path / "a", num_images=3)
+    assert len(draw(trained, tmp_path / "a", seed=1)) == 5
+
+
 def test_a_spoilt_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path):
     config = dataclasses.replace(SMALL, workdir=str(tmp_path), max_steps=2)
     train.run(config)
     with pytest.raises(FloatingPointError, match=r"step \d+ is nan"):
-        # NaN from a clean optimizer state: Adam with an infinite rate.
-        blown = dataclasses.replace(config, max_steps=30, learning_rate=float("inf"))
+        # NaN from a clean optimizer state: weights thrown beyond what float32 can square.
+        blown = dataclasses.replace(config, max_steps=30, learning_rate=1e30)
         (tmp_path / "config.json").unlink()  # the rate is another configuration
         train.run(blown)
     with Checkpointer(tmp_path / "checkpoints") as checkpointer:
@@ -161,12 +249,13 @@ def draw(trained, out, **changes) -> np.ndarray:
 def test_samples_are_written_once_each_and_do_not_depend_on_the_batch(trained, tmp_path, capsys):
     images = draw(trained, tmp_path / "a", eta=1.0)
     assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8
-    assert sorted(p.name for p in (tmp_path / "a").glob("0*.png")) == [
+    assert sorted(p.name for p in (tmp_path / "a" / "images").glob("*.png")) == [
         f"{i:05d}.png" for i in range(5)
     ]
     for i in range(5):
         np.testing.assert_array_equal(
-            np.asarray(PIL.Image.open(tmp_path / "a" / f"{i:05d}.png")), images[i, ..., 0]
+            np.asarray(PIL.Image.open(tmp_path / "a" / "images" / f"{i:05d}.png")),
+            images[i, ..., 0],
         )
     assert "ema weights of step 6" in capsys.readouterr().out
     in_twos = draw(trained, tmp_path / "b", eta=1.0, batch_size=2)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from counting import visited
 from refusals import refused
 
 import ddim_jax as dj
@@ -102,17 +103,28 @@ def test_finds_the_latent_that_was_decoded():
 
 @pytest.mark.parametrize("num_iterations", [1, 2, 6])
 def test_network_calls(num_iterations):
-    count = []
+    timesteps, x_0 = dj.ddim_timesteps(1000, 8), jnp.zeros((2, 3))
+    calls = visited(
+        lambda f: encode_fixed_point(f, SCHEDULE, x_0, timesteps, num_iterations), golden_eps
+    )
+    assert calls == np.repeat(timesteps[::-1], num_iterations).tolist()
 
-    def eps_fn(x, t):
-        jax.debug.callback(lambda t: count.append(int(t)), t)
-        return golden_eps(x, t)
 
-    timesteps = dj.ddim_timesteps(1000, 8)
-    encode = jax.jit(lambda x: encode_fixed_point(eps_fn, SCHEDULE, x, timesteps, num_iterations))
-    encode(jnp.zeros((2, 3)))
-    jax.effects_barrier()
-    assert sorted(count) == sorted(timesteps.tolist() * num_iterations)
+@pytest.mark.parametrize("num_iterations", [2, 6, 12])
+def test_gradient_where_the_iteration_has_converged(num_iterations):
+    """A network that ignores x is solved at once; x_T is then linear in its output a.
+
+    x_bar = x / sqrt(ab) gains a ds with each step, so x_T = sqrt(ab_T) (x_0 + a s_T).
+    """
+    timesteps, x_0 = dj.ddim_timesteps(1000, 10), jnp.linspace(-1, 1, 12).reshape(2, 6)
+
+    def total(a):
+        return encode_fixed_point(
+            lambda x, t: a * jnp.ones_like(x), SCHEDULE, x_0, timesteps, num_iterations
+        ).sum()
+
+    ab = float(SCHEDULE.alpha_bar(timesteps[0]))
+    np.testing.assert_allclose(jax.grad(total)(0.3), 12 * np.sqrt(1 - ab), rtol=1e-4)
 
 
 def test_an_image_does_not_depend_on_its_batch():

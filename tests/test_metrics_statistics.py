@@ -127,6 +127,16 @@ def test_published_files_hold_only_mu_and_sigma(tmp_path, dtype):
     assert loaded.features == "inception" and loaded.network_hash is loaded.num_samples is None
 
 
+def test_cut_short_and_foreign_metadata_are_refused_by_name(statistics, tmp_path):
+    (tmp_path / "empty.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty\.npz is not a \.npz file, or damaged"):
+        load_statistics(tmp_path / "empty.npz")
+    arrays = {"mu": statistics.mean, "sigma": statistics.cov}
+    np.savez(tmp_path / "new.npz", **arrays, metadata='{"features": "pixels", "colour": 3}')
+    with pytest.raises(ValueError, match=r"new\.npz holds metadata that this version cannot read"):
+        load_statistics(tmp_path / "new.npz")
+
+
 def test_bad_files_are_refused_by_name(statistics, tmp_path):
     path = tmp_path / "stats.npz"
     with pytest.raises(FileNotFoundError, match=r"experiments/statistics\.py"):

@@ -110,6 +110,34 @@ def test_batch_size_must_be_divisible_by_devices_and_microbatches():
         parallel.check_batch_size(0)
 
 
+def test_params_placed_once_are_not_copied_again():
+    in_process_with_devices(
+        4,
+        """
+        import jax, jax.numpy as jnp
+        from ddim_jax import parallel
+        placed = parallel.everywhere({"w": jnp.arange(3.0)})
+        again = parallel.everywhere(placed)
+        for shard, other in zip(placed["w"].addressable_shards, again["w"].addressable_shards):
+            assert shard.data.unsafe_buffer_pointer() == other.data.unsafe_buffer_pointer()
+            assert shard.data.shape == (3,)
+        assert len(placed["w"].addressable_shards) == 4
+        """,
+    )
+
+
+def test_unreplicate_gives_copies_on_the_host():
+    tree = {"w": jnp.arange(3.0), "key": jax.random.key(1)}
+    replicas = parallel.replicate(tree)
+    got = parallel.unreplicate(replicas)
+    assert isinstance(got["w"], np.ndarray) and got["w"].flags.owndata is not None
+    np.testing.assert_array_equal(got["w"], tree["w"])
+    assert got["key"] == tree["key"]
+    donated = jax.pmap(lambda w: w + 1, donate_argnums=0)(replicas["w"])
+    jax.block_until_ready(donated)
+    np.testing.assert_array_equal(got["w"], tree["w"])
+
+
 def test_over_devices_splits_only_the_arrays():
     f = parallel.over_devices(lambda p, x, y: p["scale"] * x + y)
     got = f({"scale": jnp.float32(3)}, jnp.arange(4.0), jnp.ones(4))

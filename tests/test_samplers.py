@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from counting import visited
 from refusals import refused, unchecked
 
 import ddim_jax as dj
@@ -192,19 +193,6 @@ def test_a_trajectory_holds_the_states_and_what_each_step_saw():
 # --------------------------------------------------------------- exactly S calls, finite outputs
 
 
-def visited(run):
-    """The indices at which `run(eps_fn)` evaluates the network, in order, without jit."""
-    indices = []
-
-    def spy(x, t):
-        indices.append(int(t))
-        return eps_fn(x, t)
-
-    with jax.disable_jit():
-        assert np.isfinite(run(spy)).all()
-    return indices
-
-
 class Tally(NamedTuple):
     state: dj.SamplerState
     visits: jax.Array
@@ -259,14 +247,15 @@ def test_the_network_is_called_along_the_list_and_nowhere_else(sampler):
     timesteps = [997, 640, 640, 3]
     x_T = jnp.ones(2)
     for run in (dj.sample, lambda *args: dj.sample_trajectory(*args)[0]):
-        assert visited(lambda f, r=run: r(KEY, f, SCHEDULE, x_T, timesteps, sampler)) == timesteps
+        calls = visited(lambda f, r=run: r(KEY, f, SCHEDULE, x_T, timesteps, sampler), eps_fn)
+        assert calls == timesteps
 
 
 def test_encoding_calls_the_network_once_a_step_and_never_at_clean_data():
     timesteps = dj.ddim_timesteps(1000, 10, "trailing")
     # x_0 is met at the lowest index, as if it were there already; then every index but the last.
     want = [timesteps[-1], *timesteps[:0:-1]]
-    assert visited(lambda f: dj.encode(f, SCHEDULE, jnp.ones(2), timesteps)) == want
+    assert visited(lambda f: dj.encode(f, SCHEDULE, jnp.ones(2), timesteps), eps_fn) == want
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -627,6 +616,15 @@ def test_integer_data_is_refused():
         sample(x_T=image)
     with refused("x_0 must be floating point"):
         dj.encode(eps_fn, SCHEDULE, image, [5, 0])
+
+
+def test_what_is_no_sampler_or_no_array_is_refused():
+    with refused("sampler must be a Sampler.*Call it first"):
+        sample(sampler=dj.ddim)
+    with refused("x_T must be an array; got list"):
+        sample(x_T=[0.0, 1.0])
+    with refused("eps_fn must return an array; got tuple"):
+        sample(network=lambda x, t: (x, x))
 
 
 def test_encoding_a_clipped_network_is_refused():

@@ -131,6 +131,13 @@ def test_log_snr_is_the_log_of_the_ratio():
     assert np.isnan(SCHEDULE.log_snr(1000))
 
 
+def test_a_table_may_be_a_numpy_array():
+    with unchecked():
+        schedule = dj.Schedule(np.linspace(0.99, 0.01, 100, dtype=np.float32))
+        level = schedule.alpha_bar(99)
+    assert level == np.float32(0.01) and schedule.num_steps == 100
+
+
 def test_a_learned_table_gets_the_whole_gradient():
     """d log_snr / d alpha_bar = 1 / (alpha_bar (1 - alpha_bar))."""
     ab = 0.3

@@ -111,6 +111,17 @@ def test_resize_is_the_torchvision_one():
     np.testing.assert_allclose(got, np.tile(15 * centres[1:7], (6, 1)), atol=1.0)
 
 
+@pytest.mark.parametrize("size, side, long", [((49, 98), 64, 128), ((322, 161), 256, 512)])
+def test_a_long_side_that_comes_out_whole_is_not_cut(size, side, long, monkeypatch):
+    """torchvision takes int(side * long / short); side / short * long can end just below it."""
+    made = []
+    resize = PIL.Image.Image.resize
+    spy = lambda image, size, *args: made.append(size) or resize(image, size, *args)  # noqa: E731
+    monkeypatch.setattr(PIL.Image.Image, "resize", spy)
+    sources.resize_and_crop(PIL.Image.new("L", size), side)
+    assert sorted(made[0]) == [side, long]
+
+
 @pytest.mark.parametrize("size", [(31, 64), (64, 31), (7, 7), (100, 99)])
 def test_any_size_becomes_the_size_wanted(size):
     image = PIL.Image.new("RGB", size, (10, 20, 30))

@@ -92,7 +92,13 @@ def init_classifier(key: PRNGKey, model: Classifier, image_shape: tuple[int, int
 
 
 def apply_classifier(model: Classifier, params: Any, images: Images) -> ClassifierOutput:
-    """Features and logits of uint8 images."""
+    """Features and logits of uint8 images; ValueError unless they have its number of channels."""
+    channels = params["conv_in"]["kernel"].shape[2]
+    if images.shape[-1] != channels:
+        raise ValueError(
+            f"images must have {channels} channels, as those that the classifier was trained on; "
+            f"got shape {images.shape}. Train one on such images."
+        )
     return cast(ClassifierOutput, model.apply({"params": params}, images))
 
 

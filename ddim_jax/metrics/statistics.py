@@ -223,8 +223,10 @@ def save_statistics(path: str | os.PathLike[str], statistics: FeatureStatistics)
         if field.name not in ("mean", "cov")
     }
     metadata["content_hash"] = statistics.content_hash
-    with open(path, "wb") as file:  # given a name, numpy might append to it
+    new = f"{os.fspath(path)}.new"  # a kill leaves the old file or the new one
+    with open(new, "wb") as file:  # given a name, numpy might append to it
         np.savez(file, mu=statistics.mean, sigma=statistics.cov, metadata=json.dumps(metadata))
+    os.replace(new, path)
 
 
 def load_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
@@ -245,9 +247,15 @@ def load_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
             f"{path} must hold mu of shape (D,) and sigma of shape (D, D); got {mean.shape} and "
             f"{cov.shape}."
         )
-    metadata = json.loads(str(arrays.get("metadata", '{"features": "inception"}')))
-    want = metadata.pop("content_hash", None)
-    statistics = FeatureStatistics(mean, cov, **metadata)
+    try:
+        metadata = json.loads(str(arrays.get("metadata", '{"features": "inception"}')))
+        want = metadata.pop("content_hash", None)
+        statistics = FeatureStatistics(mean, cov, **metadata)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds metadata that this version cannot read: {error}; make it again with "
+            "experiments/statistics.py."
+        ) from error
     if want not in (None, statistics.content_hash):
         raise ValueError(f"{path} was altered: its arrays are not those that its metadata name.")
     return statistics
@@ -257,7 +265,7 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as file:
             arrays = dict(file)
-    except (ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a .npz file, or damaged: {error}") from error
     if missing := {"mu", "sigma"} - arrays.keys():
         raise ValueError(
