@@ -84,6 +84,8 @@ class Checkpointer:
         step = self._existing_step(step)
         try:
             saved = self._manager.item_metadata(step).tree  # pyright: ignore
+        except (PermissionError, MemoryError):
+            raise
         except Exception as error:
             raise self._damaged(step, error) from error
         self._check_same(step, _specs(saved), _specs(template), partial)
@@ -94,6 +96,8 @@ class Checkpointer:
         )
         try:
             restored = self._manager.restore(step, args=args)
+        except (PermissionError, MemoryError):
+            raise
         except Exception as error:
             raise self._damaged(step, error) from error
         return jax.tree.map(_placed_like, template, restored)
@@ -127,6 +131,11 @@ class Checkpointer:
 
     def _damaged(self, step: int, error: Exception) -> ValueError:
         others = [other for other in self.all_steps() if other != step]
+        if not (self.directory / str(step)).exists():
+            return ValueError(
+                f"{self.directory / str(step)} was removed while it was read, perhaps by a run "
+                "that keeps its newest checkpoints only; call again for one of those."
+            )
         return ValueError(
             f"the checkpoint {self.directory / str(step)} is damaged "
             f"({type(error).__name__}: {str(error)[:300]}). "

@@ -400,7 +400,11 @@ def tfds_set(
         near = difflib.get_close_matches(name, ["digits", *_tfds_names(tfds, name)])
         raise ValueError(
             f"name must be digits, a .npz file, a folder of images or a TFDS name; got {name!r}"
-            + (f", perhaps you meant {' or '.join(near)}." if near else ", which is none of them.")
+            + (
+                f", perhaps you meant {' or '.join(near)}."
+                if near
+                else ", which is no such name, and no file or folder of that name exists."
+            )
         ) from error
     prepare = (
         f"pip install 'ddim_jax[prepare]' && python -c \"import tensorflow_datasets as tfds; "

@@ -75,23 +75,36 @@ def diffusion_loss(
     reduction: Literal["mean", "sum"] = "mean",
     timesteps: Literal["independent", "antithetic"] = "independent",
     flip: bool = False,
-    conditional: bool = False,
+    num_classes: int | None = None,
+    label_dropout: float = 0.0,
 ) -> LossFn:
     """Loss of a network on batches of uint8 images (B, H, W, C), one number for each example.
 
     `apply_fn` is a Flax model's `apply`: it is called as
-    `apply_fn({"params": params}, x, t, train=True, rngs={"dropout": key})`, with the batch's
-    "label" after t if `conditional`. `flip` mirrors images left to right at random.
-    `batch_size` is the global one, which antithetic time indices need.
+    `apply_fn({"params": params}, x, t, train=True, rngs={"dropout": key})`; with `num_classes` the
+    batch's "label" stands after t, and a share `label_dropout` of the examples has the label
+    num_classes, "no class", in its place, as classifier-free guidance needs it (Ho & Salimans 2022,
+    arXiv:2207.12598, algorithm 1). `flip` mirrors images left to right at random. `batch_size` is
+    the global one, which antithetic time indices need.
     reduction "mean" with independent indices is DDPM's recipe; "sum" over the pixels with
     antithetic ones is the recipe of the paper's torch code. Source: eq. 5 with gamma = 1.
     """
+
+    if not 0 <= label_dropout < 1 or (label_dropout and num_classes is None):
+        raise ValueError(
+            f"label_dropout must be in [0, 1), and 0 without num_classes; got {label_dropout} with "
+            f"num_classes {num_classes}."
+        )
 
     def example_loss(params, key, t, image, label):
         flip_key, loss_key, dropout_key = jax.random.split(key, 3)
         x0 = to_model_range(image)
         if flip:
             x0 = jnp.where(jax.random.bernoulli(flip_key), x0[:, ::-1], x0)
+
+        if label_dropout and num_classes is not None:
+            dropped = jax.random.bernoulli(jax.random.fold_in(key, 3), label_dropout)
+            label = jnp.where(dropped, num_classes, label)
 
         def eps_fn(x, t):
             labels = () if label is None else (label,)
@@ -116,7 +129,7 @@ def diffusion_loss(
         else:
             draw = functools.partial(jax.random.randint, shape=(), minval=0, maxval=num_steps)
             t = jax.vmap(draw)(image_keys(t_key, indices))
-        label = batch["label"] if conditional else None
+        label = None if num_classes is None else batch["label"]
         # One example at a time under vmap: its dropout too then depends on its own key alone.
         return jax.vmap(example_loss, in_axes=(None, 0, 0, 0, 0))(
             params, image_keys(key, indices), t, batch["image"], label

@@ -205,6 +205,11 @@ def _out_of_workdir(config: ConvertConfig) -> None:
         f"{config.weights} weights of step {trained.step} of {config.workdir} are in {out}: "
         f"{_count(trained.params)} parameters, hash {trained.weights_hash()}"
     )
+    if trained.network.spacing != "uniform":
+        print(
+            f"The sub-sequence {trained.network.spacing} is not in the file: to convert it back, "
+            f"give --spacing {trained.network.spacing}."
+        )
 
 
 def _save_diffusers(out: pathlib.Path, trained: Trained, schedule: ScheduleConfig) -> None:

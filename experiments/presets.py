@@ -118,6 +118,8 @@ class TrainConfig:
     """How a batch's time indices are drawn; the paper's torch code pairs t with T - 1 - t."""
     flip: bool = True
     """Mirror images left to right at random."""
+    label_dropout: float = 0.1
+    """Share of examples shown without their label, which guidance needs; with model.num_classes."""
 
     seed: int = 0
     """Of the initial weights, the order of the data and all noise."""

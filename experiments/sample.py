@@ -36,6 +36,10 @@ class SampleConfig:
     """0 is DDIM, 1 is DDPM (eq. 16); for the sampler ddim."""
     sigma_hat: bool = False
     """DDPM's larger variance instead (appendix D.3); for the sampler ddim."""
+    label: int | None = None
+    """Draw this class only; a network with K classes draws i % K if not given."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance: above 1 sharpens the classes, at two network evaluations a step."""
     spacing: Spacing | None = None
     """Sub-sequence of time indices; the model's own if not given."""
     seed: int = 0
@@ -58,9 +62,15 @@ def main(config: SampleConfig) -> None:
     network = trained.network
     spacing = config.spacing or network.spacing
     timesteps = ddim_timesteps(network.schedule.num_steps, config.num_sample_steps, spacing)
+    program = generate.image_program(
+        network,
+        timesteps,
+        lambda: sampler,
+        label=config.label,
+        guidance_scale=config.guidance_scale,
+    )
     out = pathlib.Path(config.out)
     _check_out(out, config.num_images)
-    program = generate.image_program(network, timesteps, lambda: sampler)
     started = time.monotonic()
     images = generate.images(
         program, trained.params, config.num_images, config.batch_size, config.seed

@@ -63,8 +63,9 @@ def _check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be above 0 and finite; got {value}.")
-    if not 0 <= config.ema_decay < 1:
-        raise ValueError(f"ema_decay must be in [0, 1); got {config.ema_decay}.")
+    for name in ("ema_decay", "label_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be in [0, 1); got {getattr(config, name)}.")
 
 
 def _train(config: TrainConfig) -> None:
@@ -86,7 +87,8 @@ def _train(config: TrainConfig) -> None:
         reduction=config.reduction,
         timesteps=config.timesteps,
         flip=config.flip,
-        conditional=model.num_classes is not None,
+        num_classes=model.num_classes,
+        label_dropout=0.0 if model.num_classes is None else config.label_dropout,
     )
 
     def initial_state(key):

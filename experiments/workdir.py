@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 from presets import ModelConfig, ScheduleConfig
 
 from ddim_jax.checkpoint import Checkpointer
+from ddim_jax.denoisers import guided
 from ddim_jax.parallel import everywhere
 from ddim_jax.schedule import Schedule, Spacing
 from ddim_jax.types import EpsFn
@@ -61,14 +62,23 @@ class Network:
     image_shape: tuple[int, int, int]
     spacing: Spacing
 
-    def eps_fn(self, params: Any, label: jax.Array | None = None) -> EpsFn:
-        """The network as an `EpsFn`; `params` is an argument so that jit need not bake it in."""
-        labels = () if label is None else (label,)
+    def eps_fn(
+        self, params: Any, label: jax.Array | None = None, guidance_scale: float = 1.0
+    ) -> EpsFn:
+        """The network as an `EpsFn`; `params` is an argument so that jit need not bake it in.
 
-        def eps_fn(x: jax.Array, t: jax.Array) -> Any:
-            return self.model.apply({"params": params}, x, t, *labels)
+        A guidance scale other than 1 takes two network evaluations where others take one.
+        """
+        classes = self.model.num_classes
 
-        return eps_fn
+        def given(*label: jax.Array) -> EpsFn:
+            return lambda x, t: cast(jax.Array, self.model.apply({"params": params}, x, t, *label))
+
+        if label is None or classes is None:
+            return given()
+        if guidance_scale == 1:
+            return given(label)
+        return guided(given(label), given(jnp.full_like(label, classes)), guidance_scale)
 
 
 @dataclasses.dataclass(frozen=True)

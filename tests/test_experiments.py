@@ -229,12 +229,44 @@ def test_a_spoilt_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path):
 
 def test_conditional_training_and_sampling_use_the_labels(tmp_path):
     model = dataclasses.replace(SMALL.model, num_classes=10)
-    config = dataclasses.replace(SMALL, workdir=str(tmp_path), model=model, max_steps=2)
-    train.run(config)
+    # Quick steps, so that the labels, whose way out starts at nearly 0, show in the pixels.
+    quick = dataclasses.replace(SMALL, learning_rate=0.05, warmup_steps=0, ema_decay=0.0)
+    train.run(dataclasses.replace(quick, workdir=str(tmp_path), model=model))
     assert load_trained(tmp_path).network.model.num_classes == 10
     sample.main(
         sample.SampleConfig(str(tmp_path), str(tmp_path / "s"), num_images=3, num_sample_steps=2)
     )
+    both = draw(tmp_path, tmp_path / "all"), draw(tmp_path, tmp_path / "one", label=2)
+    same = [np.array_equal(a, b) for a, b in zip(*both, strict=True)]
+    assert same == [False, False, True, False, False]  # image i is of class i
+    guided = draw(tmp_path, tmp_path / "guided", label=2, guidance_scale=5.0)
+    assert not np.array_equal(guided, both[1])
+    with pytest.raises(ValueError, match=r"label must be in \[0, 9\].*got 10"):
+        draw(tmp_path, tmp_path / "no", label=10)
+
+
+def test_guidance_is_the_line_through_both_predictions(tmp_path):
+    """Ho & Salimans 2022, eq. 6: uncond + scale (cond - uncond)."""
+    model = dataclasses.replace(SMALL.model, num_classes=10)
+    train.run(dataclasses.replace(SMALL, workdir=str(tmp_path), model=model, max_steps=2))
+    trained = load_trained(tmp_path)
+    x, t = jax.random.normal(jax.random.key(0), (3, 8, 8, 1)), jax.numpy.asarray(500)
+    label = jax.numpy.array([1, 5, 9])
+
+    def network(label):
+        return np.asarray(trained.network.model.apply({"params": trained.params}, x, t, label))
+
+    cond, uncond = network(label), network(jax.numpy.full(3, 10))
+    got = trained.network.eps_fn(trained.params, label, 3.0)(x, t)
+    np.testing.assert_allclose(got, uncond + 3 * (cond - uncond), atol=1e-5)
+    np.testing.assert_allclose(trained.network.eps_fn(trained.params, label)(x, t), cond, atol=1e-6)
+
+
+def test_labels_and_guidance_are_refused_where_there_are_none(trained, tmp_path):
+    for changes in ({"label": 1}, {"guidance_scale": 2.0}):
+        with pytest.raises(ValueError, match="label and guidance_scale must be left out"):
+            draw(trained, tmp_path / "no", **changes)
+    assert not (tmp_path / "no").exists()
 
 
 def draw(trained, out, **changes) -> np.ndarray:

@@ -145,10 +145,36 @@ def test_labels_reach_the_network_only_if_it_wants_them():
     def wants_label(variables, x, t, label, *, train, rngs):
         return jnp.full_like(x, label * 1000.0)
 
-    loss_fn = train.diffusion_loss(wants_label, SCHEDULE, batch_size=8, conditional=True)
+    loss_fn = train.diffusion_loss(wants_label, SCHEDULE, batch_size=8, num_classes=10)
     batch = {"image": IMAGES, "label": np.arange(8)}
     got = loss_fn({}, jax.random.key(0), jnp.arange(8), batch)
     np.testing.assert_allclose(np.sqrt(got), np.arange(8) * 1000, atol=2)
+
+
+def test_a_share_of_the_labels_becomes_no_class():
+    """Each example's own coin: 10 in place of its label, in about a quarter of 4000."""
+
+    def wants_label(variables, x, t, label, *, train, rngs):
+        return jnp.full_like(x, label * 1000.0)
+
+    loss_fn = train.diffusion_loss(
+        wants_label, SCHEDULE, batch_size=4000, num_classes=10, label_dropout=0.25
+    )
+    labels = np.arange(4000) % 10
+    batch = {"image": np.zeros((4000, 2, 2, 1), np.uint8), "label": labels}
+    seen = np.sqrt(loss_fn({}, jax.random.key(0), jnp.arange(4000), batch)) / 1000
+    dropped = np.isclose(seen, 10, atol=0.01)
+    np.testing.assert_allclose(seen[~dropped], labels[~dropped], atol=0.01)
+    assert abs(dropped.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 4000)
+    later = {name: array[3000:] for name, array in batch.items()}  # as another device holds them
+    again = np.sqrt(loss_fn({}, jax.random.key(0), jnp.arange(3000, 4000), later)) / 1000
+    np.testing.assert_array_equal(np.isclose(again, 10, atol=0.01), dropped[3000:])
+
+
+@pytest.mark.parametrize("options", [{"label_dropout": 0.1}, {"label_dropout": 1.0}])
+def test_a_label_dropout_that_cannot_be_is_refused(options):
+    with pytest.raises(ValueError, match="label_dropout must be in"):
+        train.diffusion_loss(zero_network, SCHEDULE, batch_size=8, **options)
 
 
 def test_the_step_compiles_once():
