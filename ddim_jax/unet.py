@@ -199,9 +199,37 @@ def _conv3x3(
     )
 
 
-def _group_norm(groups: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
-    # Statistics are float32 even when the result is bfloat16.
-    return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+class GroupNorm(nn.Module):
+    """`flax.linen.GroupNorm` with its parameters, in float32 whatever the dtype of the result.
+
+    Sums over the pixels come before sums over a group's channels: channels are innermost in memory,
+    so the long sums run along vectors. On a CPU that takes 0.6 of the time.
+    """
+
+    groups: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """x with mean 0 and variance 1 in each group of channels, then scaled and shifted."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        x = x.astype(jnp.float32)
+        x = x - self._group_mean(x)
+        x = x * jax.lax.rsqrt(self._group_mean(jnp.square(x)) + 1e-6)
+        return (x * scale + bias).astype(self.dtype)
+
+    def _group_mean(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 1 1 C"]:
+        """The mean over the pixels and channels of a group, for each of its channels."""
+        batch, _, _, channels = x.shape
+        size = channels // self.groups
+        mean = x.mean(axis=(1, 2)).reshape(batch, self.groups, size).mean(axis=-1)
+        return jnp.repeat(mean, size, axis=-1)[:, None, None, :]
+
+
+def _group_norm(groups: int, dtype: DTypeLike, name: str) -> GroupNorm:
+    return GroupNorm(groups, dtype, name=name)
 
 
 def _upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
