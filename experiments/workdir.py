@@ -109,9 +109,9 @@ def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     """Write config.json, or raise ValueError if the one there is of another run."""
     path = workdir / "config.json"
     wanted = json.loads(json.dumps(config))  # tuples become lists, as they do in the file
-    with checkpoints(workdir) as checkpointer:
-        begun = path.exists() and checkpointer.latest_step() is not None
-    if begun:  # a run that saved nothing binds nobody
+    # A run that saved nothing binds nobody. Not asked of orbax, which waits for the other hosts.
+    saved = any(folder.name.isdecimal() for folder in (workdir / "checkpoints").glob("*"))
+    if saved and path.exists():
         there = read_config(workdir)
         if "converted_from" in there and "converted_from" not in wanted:
             raise ValueError(
