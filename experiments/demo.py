@@ -42,7 +42,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
-BATCH = 256
+BATCH = 112
 PICTURE_BATCH = 8
 """Images drawn at once for the pictures, which show 8 or 64."""
 Drawer = Callable[[int, float, bool], np.ndarray]
@@ -56,9 +56,9 @@ class DemoConfig:
     """Where the model, the pictures and the table go."""
     steps: tuple[int, ...] = (5, 10, 20, 50, 100)
     """Numbers of sampling steps S."""
-    num_samples: int = 512
+    num_samples: int = 448
     """Samples behind each number of the table."""
-    train_steps: int = 1800
+    train_steps: int = 1200
     """Updates of the training run."""
     seed: int = 0
     """Of everything."""
