@@ -6,9 +6,11 @@ when it is whole, so a run that is killed while saving leaves the checkpoint bef
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -82,24 +84,16 @@ class Checkpointer:
         """
         self.wait()
         step = self._existing_step(step)
-        try:
+        with self._naming_damage(step):
             saved = self._manager.item_metadata(step).tree  # pyright: ignore
-        except (PermissionError, MemoryError):
-            raise
-        except Exception as error:
-            raise self._damaged(step, error) from error
         self._check_same(step, _specs(saved), _specs(template), partial)
         args = ocp.args.PyTreeRestore(
             jax.tree.map(_without_key_type, template),
             restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template),
             partial_restore=partial,
         )
-        try:
+        with self._naming_damage(step):
             restored = self._manager.restore(step, args=args)
-        except (PermissionError, MemoryError):
-            raise
-        except Exception as error:
-            raise self._damaged(step, error) from error
         return jax.tree.map(_placed_like, template, restored)
 
     def wait(self) -> None:
@@ -128,6 +122,15 @@ class Checkpointer:
         if step is not None and step not in steps:
             raise ValueError(f"step must be one of {steps} in {self.directory}; got {step}.")
         return steps[-1] if step is None else step
+
+    @contextlib.contextmanager
+    def _naming_damage(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (PermissionError, MemoryError):  # the checkpoint may well be whole
+            raise
+        except Exception as error:
+            raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, error: Exception) -> ValueError:
         others = [other for other in self.all_steps() if other != step]

@@ -282,9 +282,10 @@ def npz_file(path: str | os.PathLike[str]) -> ArraySource:
         )
     if images.ndim == 3:
         images = images[..., None]
-    if labels is not None and not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels of {path} must be integers 0 .. K - 1; got dtype {labels.dtype}.")
-    num_classes = None if labels is None else int(labels.max(initial=0)) + 1
+    num_classes = None
+    if labels is not None:  # those that are no numbers are ArraySource's to refuse
+        numbers = np.issubdtype(labels.dtype, np.number)
+        num_classes = int(labels.max(initial=0)) + 1 if numbers else 1
     return ArraySource(images, labels, str(path), num_classes)
 
 

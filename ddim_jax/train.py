@@ -89,7 +89,6 @@ def diffusion_loss(
     reduction "mean" with independent indices is DDPM's recipe; "sum" over the pixels with
     antithetic ones is the recipe of the paper's torch code. Source: eq. 5 with gamma = 1.
     """
-
     if not 0 <= label_dropout < 1 or (label_dropout and num_classes is None):
         raise ValueError(
             f"label_dropout must be in [0, 1), and 0 without num_classes; got {label_dropout} with "
@@ -154,8 +153,8 @@ def train_step(
     losses and gradients are then averaged over it. With `num_microbatches` the share is taken in
     that many equal parts, one after another, to save memory; the update is the same.
     The average's decay is min(ema_decay, (1 + step) / (10 + step)), so that a short run's average
-    is not its noise. A state is spoilt where
-    "loss" or "grad_norm" is not finite: check both before keeping it.
+    is not its noise. A state is spoilt where "loss" or "grad_norm" is not finite: check both before
+    keeping it.
     """
     size = jax.tree.leaves(batch)[0].shape[0]
     chex.assert_tree_shape_prefix(dict(batch), (size,))

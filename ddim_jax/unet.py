@@ -106,7 +106,7 @@ class UNet(nn.Module):
                 h = _upsample_nearest(h)
                 h = conv3x3(width, name=f"up_{level}_upsample")(h)
 
-        h = nn.swish(_group_norm(self.norm_groups, self.dtype, "norm_out")(h))
+        h = nn.swish(GroupNorm(self.norm_groups, self.dtype, name="norm_out")(h))
         h = conv3x3(self.image_channels, ZERO_INIT, name="conv_out")(h)
         return h.reshape(x.shape).astype(x.dtype)
 
@@ -141,11 +141,11 @@ class ResidualBlock(nn.Module):
     ) -> Float[Array, "B H W D"]:
         """`temb` has been through its swish already."""
         dense = functools.partial(nn.Dense, self.features, dtype=self.dtype, kernel_init=DDPM_INIT)
-        h = nn.swish(_group_norm(self.norm_groups, self.dtype, "norm1")(x))
+        h = nn.swish(GroupNorm(self.norm_groups, self.dtype, name="norm1")(x))
         h = _conv3x3(self.features, dtype=self.dtype, name="conv1")(h)
         h = h + dense(name="temb_proj")(temb)[:, None, None, :]
 
-        h = nn.swish(_group_norm(self.norm_groups, self.dtype, "norm2")(h))
+        h = nn.swish(GroupNorm(self.norm_groups, self.dtype, name="norm2")(h))
         h = nn.Dropout(self.dropout)(h, deterministic=not train)
         h = _conv3x3(self.features, ZERO_INIT, dtype=self.dtype, name="conv2")(h)
 
@@ -165,7 +165,7 @@ class AttentionBlock(nn.Module):
         """Returns x plus what was attended to."""
         batch, height, width, channels = x.shape
         dense = functools.partial(nn.Dense, channels, dtype=self.dtype)
-        h = _group_norm(self.norm_groups, self.dtype, "norm")(x)
+        h = GroupNorm(self.norm_groups, self.dtype, name="norm")(x)
         h = h.reshape(batch, height * width, 1, channels)  # (batch, position, head, channel)
         q, k, v = (dense(kernel_init=DDPM_INIT, name=name)(h) for name in "qkv")
         h = jax.nn.dot_product_attention(q, k, v)  # scales by C ** -0.5
@@ -226,10 +226,6 @@ class GroupNorm(nn.Module):
         size = channels // self.groups
         mean = x.mean(axis=(1, 2)).reshape(batch, self.groups, size).mean(axis=-1)
         return jnp.repeat(mean, size, axis=-1)[:, None, None, :]
-
-
-def _group_norm(groups: int, dtype: DTypeLike, name: str) -> GroupNorm:
-    return GroupNorm(groups, dtype, name=name)
 
 
 def _upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:

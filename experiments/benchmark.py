@@ -33,7 +33,7 @@ from presets import ModelConfig
 from ddim_jax import parallel, train
 from ddim_jax.convert.diffusers import config_from_unet, flax_to_diffusers
 from ddim_jax.samplers import sample
-from ddim_jax.schedule import Schedule, ddim_timesteps, linear_schedule
+from ddim_jax.schedule import ddim_timesteps, linear_schedule
 from ddim_jax.unet import UNet
 
 Run = Callable[[], Any]
@@ -79,28 +79,22 @@ def main(config: BenchmarkConfig) -> None:
     a = jnp.ones((config.matmul_size, config.matmul_size), config.model.dtype)
     runs: dict[str, Run] = {"matmul": _waiting(jax.jit(jnp.matmul), a, a)}
     work: dict[str, tuple[str, int, float]] = {}  # run -> our run, images, FLOPs
-
-    def peers() -> dict[str, Any]:  # made for each use: one samples, another trains
-        if config.peer == "none":
-            return {}
-        return _their_networks(model, params, config.image_size)
-
-    for size in config.sample_batch_sizes:
-        ours = f"sampling, batch {size}"
-        flops = config.num_sample_steps * _flops(model, params, config.image_size, size)[0]
-        runs[ours] = our_sampling(model, params, config, size)
-        work[ours] = ours, size, flops
-        for name, network in peers().items():
-            runs[f"{ours}, {name}"] = their_sampling(network, config, size)
-            work[f"{ours}, {name}"] = ours, size, flops
-    for size in config.train_batch_sizes:
-        ours = f"training, batch {size}"
-        flops = config.num_train_steps * _flops(model, params, config.image_size, size)[1]
-        runs[ours] = our_training(model, params, config, size)
-        work[ours] = ours, size * config.num_train_steps, flops
-        for name, network in peers().items():
-            runs[f"{ours}, {name}"] = their_training(network, config, size)
-            work[f"{ours}, {name}"] = ours, size * config.num_train_steps, flops
+    forward, both = _flops(model, params, config.image_size, batch_size=1)
+    S, steps = config.num_sample_steps, config.num_train_steps
+    # kind, batch sizes, times that a run takes each image, FLOPs of an image, our run, their run
+    for kind, sizes, repeats, flops, ours, theirs in (
+        ("sampling", config.sample_batch_sizes, 1, S * forward, our_sampling, their_sampling),
+        ("training", config.train_batch_sizes, steps, both, our_training, their_training),
+    ):
+        # Of their own for each kind: a network that trains drops units out.
+        peers = _their_networks(model, params, config) if config.peer == "diffusers" else {}
+        for size in sizes:
+            name, images = f"{kind}, batch {size}", size * repeats
+            runs[name] = ours(model, params, config, size)
+            work[name] = name, images, images * flops
+            for peer, network in peers.items():
+                runs[f"{name}, {peer}"] = theirs(network, config, size)
+                work[f"{name}, {peer}"] = name, images, images * flops
 
     seconds = {name: min(times) for name, times in take_turns(runs, config.num_turns).items()}
     peak = 2 * config.matmul_size**3 / seconds["matmul"]
@@ -210,13 +204,15 @@ def their_sampling(network: Any, config: BenchmarkConfig, batch_size: int) -> Ru
 
     schedule = linear_schedule()
     timesteps = ddim_timesteps(schedule.num_steps, config.num_sample_steps)
-    levels = [_level(schedule, t) for t in (*timesteps.tolist(), -1)]
+    levels = [float(schedule.alpha_bar(t)) for t in (*timesteps.tolist(), -1)]
     x_T, layout = _torch_images(_latents(config, batch_size), network)
+
+    indices = torch.from_numpy(timesteps).to(x_T.device)  # numbers would be compiled in, one by one
 
     def run():
         with torch.inference_mode(), _autocast(x_T.device, config.model.dtype):
             x = x_T
-            for t, ab, ab_prev in zip(timesteps.tolist(), levels, levels[1:], strict=False):
+            for t, ab, ab_prev in zip(indices, levels, levels[1:], strict=False):
                 eps = network(x, t).sample.float()
                 x0 = (x - (1 - ab) ** 0.5 * eps) / ab**0.5
                 x = ab_prev**0.5 * x0 + (1 - ab_prev) ** 0.5 * eps
@@ -256,7 +252,7 @@ def their_training(network: Any, config: BenchmarkConfig, batch_size: int) -> Ru
     return run
 
 
-def _their_networks(model: UNet, params: Any, image_size: int) -> dict[str, Any]:
+def _their_networks(model: UNet, params: Any, config: BenchmarkConfig) -> dict[str, Any]:
     """diffusers' network with these weights: both layouts, and compiled where that pays.
 
     Raises FloatingPointError if it is not the same function.
@@ -272,7 +268,7 @@ def _their_networks(model: UNet, params: Any, image_size: int) -> dict[str, Any]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     cuda = jax.default_backend() == "gpu"
-    settings = {k: v for k, v in config_from_unet(model, image_size).items() if k[0] != "_"}
+    settings = {k: v for k, v in config_from_unet(model, config.image_size).items() if k[0] != "_"}
     weights = {k: torch.from_numpy(a.copy()) for k, a in flax_to_diffusers(params, model).items()}
 
     def network(layout):
@@ -282,9 +278,9 @@ def _their_networks(model: UNet, params: Any, image_size: int) -> dict[str, Any]
 
     layouts = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     networks = {f"diffusers, {name}": network(layout) for name, layout in layouts.items()}
-    _check_same(networks["diffusers, contiguous"], model, params, image_size)
+    _check_same(networks["diffusers, contiguous"], model, params, config.image_size)
     if cuda:
-        compiled = torch.compile(network(torch.channels_last))
+        compiled = torch.compile(network(torch.channels_last), dynamic=False)
         networks["diffusers, channels_last, compiled"] = compiled
     return networks
 
@@ -328,10 +324,6 @@ def _synchronize(result: Any) -> Any:
     return result
 
 
-def _level(schedule: Schedule, t: int) -> float:
-    return float(schedule.alpha_bar(t))
-
-
 # --------------------------------------------------------------------------------------- report
 
 
@@ -344,6 +336,7 @@ def _facts(config: BenchmarkConfig, peak: float) -> dict[str, Any]:
         "command": "python experiments/benchmark.py " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "cores": os.cpu_count(),
         "driver": getattr(jax.devices()[0].client, "platform_version", "").strip(),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
@@ -354,7 +347,7 @@ def _facts(config: BenchmarkConfig, peak: float) -> dict[str, Any]:
 
 def _table(rows: list[dict[str, Any]], config: BenchmarkConfig, facts: dict[str, Any]) -> str:
     lines = [
-        f"{facts['device']}, "
+        f"{facts['device']}, {facts['cores']} cores, "
         + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         f"{config.image_size} x {config.image_size}, {config.model.dtype}, "
         f"S = {config.num_sample_steps}; the matrix product reaches "

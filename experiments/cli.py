@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import tyro
@@ -35,6 +35,14 @@ def run(
         _stop(error, 2)
     except FloatingPointError as error:
         _stop(error, 1)
+
+
+def check_at_least(config: Any, **least: float) -> None:
+    """Raise ValueError for a field below its least value; None, where it is allowed, passes."""
+    for name, lowest in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= lowest:  # a NaN is not
+            raise ValueError(f"{name} must be at least {lowest}; got {value}.")
 
 
 def _keep_compiled_programs() -> None:

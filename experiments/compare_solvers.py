@@ -58,8 +58,7 @@ class CompareConfig:
 
 def main(config: CompareConfig) -> None:
     """Solve, measure, plot."""
-    if config.num_points < 2:
-        raise ValueError(f"num_points must be at least 2; got {config.num_points}.")
+    cli.check_at_least(config, num_points=2)
     if len(config.steps) < 2:
         raise ValueError(f"steps must name at least two numbers of steps; got {config.steps}.")
     grids = {s: ddim_timesteps(1000, s, config.spacing) for s in sorted({*config.steps, FEW_STEPS})}

@@ -53,9 +53,7 @@ class ConsistencyConfig:
 
 def main(config: ConsistencyConfig) -> None:
     """Draw, measure, plot."""
-    for name in ("num_images", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")
+    cli.check_at_least(config, num_images=1, batch_size=1)
     steps = sorted(set(config.steps))
     if len(steps) < 2:
         raise ValueError(f"steps must name at least two numbers of steps; got {config.steps}.")

@@ -146,50 +146,56 @@ def main(config: SweepConfig) -> None:
     measures = open_measures(config.stats, config.feature_weights, network.image_shape)
     out = pathlib.Path(config.out)
     settings = _settings(config, spacing, trained, measures)
+    deadline = started + (float("inf") if config.max_seconds is None else config.max_seconds)
+
+    def drawer(batch_size: int) -> Draw:
+        return _drawer(trained, measures, timesteps, config.seed, batch_size)
+
     with only_one_process(out):
-        there = _read_settings(out, settings, config.batch_size)
-        done = {Cell(line["S"], line["eta"]) for line in sweep_report.read_results(out)}
-        cells = [Cell(s, eta) for s in config.steps for eta in config.etas]
-        missing = [cell for cell in cells if cell not in done]
-
-        if missing:
-
-            def drawer(batch_size: int) -> Draw:
-                return _drawer(trained, measures, timesteps, config.seed, batch_size)
-
-            batch_size = (
-                there or config.batch_size or _fitting_batch_size(drawer, missing[0], config)
-            )
-            _check_batch_size(batch_size)  # a continued sweep's may not suit the devices of today
-            settings["batch_size"] = batch_size
-            write_whole(out / "sweep.json", (json.dumps(settings, indent=2) + "\n").encode())
-            draw = drawer(batch_size)
-            _print_estimate(draw, missing, config, batch_size)
-            deadline = started + (
-                float("inf") if config.max_seconds is None else config.max_seconds
-            )
-            compiled = None
-            for cell in missing:
-                if cell.num_steps != compiled:  # so that its seconds are sampling alone
-                    jax.block_until_ready(draw(cell, 0))
-                    compiled = cell.num_steps
-                progress = _measure(cell, draw, measures, config, batch_size, deadline)
-                if progress.count == config.num_samples:
-                    line = _line(cell, progress, measures, settings)
-                    _append(out / "results.jsonl", line)
-                    (out / "partial.npz").unlink(missing_ok=True)
-                    print(sweep_report.describe(line), flush=True)
-                if time.monotonic() > deadline:
-                    print("stopped, time is up; call again for what is missing")
-                    break
+        _measure_missing(drawer, measures, config, settings, deadline)
         sweep_report.write_report(out, config.paper)
     print(f"{time.monotonic() - started:.0f} s in this call; see {out / 'report.html'}")
 
 
+def _measure_missing(
+    drawer: Callable[[int], Draw],
+    measures: list[Measure],
+    config: SweepConfig,
+    settings: dict[str, Any],
+    deadline: float,
+) -> None:
+    """Measure the cells of which there are no results, until time is up."""
+    out = pathlib.Path(config.out)
+    there = _read_settings(out, settings, config.batch_size)
+    done = {Cell(line["S"], line["eta"]) for line in sweep_report.read_results(out)}
+    cells = [Cell(s, eta) for s in config.steps for eta in config.etas]
+    missing = [cell for cell in cells if cell not in done]
+    if not missing:
+        return
+    batch_size = there or config.batch_size or _fitting_batch_size(drawer, missing[0], config)
+    _check_batch_size(batch_size)  # a continued sweep's may not suit the devices of today
+    settings = settings | {"batch_size": batch_size}
+    write_whole(out / "sweep.json", (json.dumps(settings, indent=2) + "\n").encode())
+    draw = drawer(batch_size)
+    _print_estimate(draw, missing, config, batch_size)
+    compiled = None
+    for cell in missing:
+        if cell.num_steps != compiled:  # so that its seconds are sampling alone
+            jax.block_until_ready(draw(cell, 0))
+            compiled = cell.num_steps
+        progress = _measure(cell, draw, measures, config, batch_size, deadline)
+        if progress.count == config.num_samples:
+            line = _line(cell, progress, measures, settings)
+            _append(out / "results.jsonl", line)
+            (out / "partial.npz").unlink(missing_ok=True)
+            print(sweep_report.describe(line), flush=True)
+        if time.monotonic() > deadline:
+            print("stopped, time is up; call again for what is missing")
+            break
+
+
 def _check(config: SweepConfig) -> None:
-    for name, least in (("num_samples", 2), ("save_every", 1)):  # a covariance needs 2
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}; got {getattr(config, name)}.")
+    cli.check_at_least(config, num_samples=2, save_every=1)  # a covariance needs 2
     if config.batch_size is not None:
         _check_batch_size(config.batch_size)
     for name in ("steps", "etas", "stats"):

@@ -79,27 +79,20 @@ def image_program(
     Of a network with classes image i is drawn of class i % K, or all of the class `label`.
     One compilation for each batch size serves all weights, seeds and values, such as eta.
     """
-
     classes = network.model.num_classes
     if classes is None and (label is not None or guidance_scale != 1):
         raise ValueError(
             "label and guidance_scale must be left out for a network that was trained without "
             f"labels; got {label} and {guidance_scale:g}."
         )
-    if classes is not None and label is not None and not 0 <= label < classes:
-        raise ValueError(
-            f"label must be in [0, {classes - 1}], the classes of this network; got {label}."
-        )
-
-    def labels(indices):
-        if classes is None:
-            return None
-        return indices % classes if label is None else jnp.full_like(indices, label)
+    if label is not None:
+        network.check_label(label)
 
     def draw(everywhere, indices):
         params, seed, values = everywhere
         x_T, keys = initial_noise(jax.random.key(seed), indices, network.image_shape)
-        eps_fn = network.eps_fn(params, labels(indices), guidance_scale)
+        labels = indices % (classes or 1) if label is None else jnp.full_like(indices, label)
+        eps_fn = network.eps_fn(params, labels, guidance_scale)
         x_0 = sample(keys, eps_fn, network.schedule, x_T, timesteps, make_sampler(*values))
         return to_pixels(x_0)
 

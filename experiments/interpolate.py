@@ -73,11 +73,7 @@ def main(config: InterpolateConfig) -> None:
     timesteps = ddim_timesteps(
         network.schedule.num_steps, config.num_sample_steps, config.spacing or network.spacing
     )
-    classes = network.model.num_classes or 1
-    if not 0 <= config.label < classes:
-        raise ValueError(
-            f"label must be in [0, {classes - 1}], the classes of this network; got {config.label}."
-        )
+    network.check_label(config.label)
     noise, _ = initial_noise(jax.random.key(config.seed), jnp.arange(4), network.image_shape)
     originals = None
     ends = noise[:2]
@@ -115,7 +111,7 @@ def relative_norms(latents) -> np.ndarray:
 
 def _encode(trained: Trained, timesteps, images, config: InterpolateConfig):
     def program(params, image, label):
-        eps_fn = real.eps_fn(trained.network, params, label)
+        eps_fn = trained.network.eps_fn(params, label)
         return encode(eps_fn, trained.network.schedule, to_model_range(image), timesteps)
 
     return _run(program, trained, images, config)
@@ -123,7 +119,7 @@ def _encode(trained: Trained, timesteps, images, config: InterpolateConfig):
 
 def _decode(trained: Trained, timesteps, latents, config: InterpolateConfig):
     def program(params, x_T, label):
-        eps_fn = real.eps_fn(trained.network, params, label)
+        eps_fn = trained.network.eps_fn(params, label)
         x_0 = sample(None, eps_fn, trained.network.schedule, x_T, timesteps)
         return generate.to_pixels(x_0)
 

@@ -59,7 +59,7 @@ class LikelihoodConfig:
 
 def main(config: LikelihoodConfig) -> None:
     """Measure, print, plot."""
-    real.check_batch_size(config.batch_size)
+    cli.check_at_least(config, batch_size=1)
     trained = load_trained(config.workdir, config.weights)
     network = trained.network
     num_steps = config.num_sample_steps
@@ -113,7 +113,7 @@ def bound_program(
     of_process, of_model = (jnp.stack(stds) for stds in zip(*sigmas, strict=True))
 
     def bound(params, image, label, index):
-        eps_fn = real.eps_fn(network, params, label)
+        eps_fn = network.eps_fn(params, label)
         keys = image_keys(jax.random.key(seed), index)
         # x_t does not depend on sigma, so under vmap the network is evaluated once for all.
         terms = jax.vmap(

@@ -7,6 +7,7 @@ import pathlib
 import time
 from typing import Annotated
 
+import cli
 import jax
 import measures
 import tyro
@@ -39,8 +40,7 @@ class StatisticsConfig:
 
 def main(config: StatisticsConfig) -> None:
     """Compute the statistics and write them, with their recipe inside."""
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {config.batch_size}.")
+    cli.check_at_least(config, batch_size=1)
     network = measures.open_network(config.features, config.feature_weights, config.out)
     source = data.load_images(
         config.data, split=config.split, data_dir=config.data_dir, image_size=config.image_size

@@ -12,7 +12,6 @@ from jaxtyping import Int, UInt8
 from workdir import Network, read_config
 
 from ddim_jax.data import ImageSource, load_images
-from ddim_jax.types import EpsFn
 
 
 class Real(NamedTuple):
@@ -75,17 +74,6 @@ def first(source: ImageSource, num_images: int | None) -> Real:
     return take(source, range(num_images))
 
 
-def eps_fn(network: Network, params: Any, label: jax.Array) -> EpsFn:
-    """The network on images of these classes, which one trained without labels does not see."""
-    return network.eps_fn(params, None if network.model.num_classes is None else label)
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raise ValueError for a batch of nothing."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-
-
 def over_batches(
     program: Callable[..., Any], params: Any, batch_size: int, *arrays: np.ndarray
 ) -> Any:
@@ -94,7 +82,8 @@ def over_batches(
     The last batch is filled up and its result cut, so that one program is compiled; a batch is
     rounded up to a multiple of the devices. Returns numpy arrays with one row for each row.
     """
-    check_batch_size(batch_size)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     num_rows, devices = len(arrays[0]), jax.local_device_count()
     batch_size = -(-min(batch_size, num_rows) // devices) * devices
     parts = []

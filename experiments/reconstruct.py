@@ -64,9 +64,7 @@ class ReconstructConfig:
 def main(config: ReconstructConfig) -> None:
     """Encode, decode, measure, draw."""
     iterations = config.fixed_point_iterations
-    if iterations is not None and iterations < 1:
-        raise ValueError(f"fixed_point_iterations must be at least 1; got {iterations}.")
-    real.check_batch_size(config.batch_size)
+    cli.check_at_least(config, fixed_point_iterations=1, batch_size=1)
     if not config.steps:
         raise ValueError("steps must name at least one number of steps; got none.")
     trained = load_trained(config.workdir, config.weights)
@@ -115,7 +113,7 @@ def reconstruction_program(
     """
 
     def reconstruct(params, image, label):
-        eps_fn, schedule = real.eps_fn(network, params, label), network.schedule
+        eps_fn, schedule = network.eps_fn(params, label), network.schedule
         x_0 = to_model_range(image)
         if num_iterations is None:
             x_T = encode(eps_fn, schedule, x_0, timesteps)

@@ -54,9 +54,7 @@ class SampleConfig:
 
 def main(config: SampleConfig) -> None:
     """Draw the images and write them."""
-    for name in ("num_images", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")
+    cli.check_at_least(config, num_images=1, batch_size=1)
     sampler = generate.make_sampler(config.sampler, config.eta, config.sigma_hat)
     trained = load_trained(config.workdir, config.weights)
     network = trained.network

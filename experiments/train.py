@@ -32,44 +32,12 @@ from ddim_jax.schedule import ddim_timesteps
 
 def run(config: TrainConfig) -> None:
     """Train to config.max_steps, or for config.max_seconds, leaving a checkpoint."""
+    started = time.monotonic()
     _check(config)
     if config.distributed:
         parallel.initialize_distributed(config.coordinator, config.num_processes, config.process_id)
         if config.max_seconds is not None and jax.process_count() > 1:
             raise ValueError("max_seconds must be None with several hosts: their clocks differ.")
-    _train(config)
-
-
-def _check(config: TrainConfig) -> None:
-    """Refuse, before anything is written, settings that no run could use."""
-    least: dict[str, float] = {
-        "max_steps": 1,
-        "batch_size": 1,
-        "num_microbatches": 1,
-        "warmup_steps": 0,
-        "seed": 0,
-        "max_seconds": 0,
-        "log_every": 1,
-        "sample_every": 0,
-        "checkpoint_every": 1,
-        "keep_checkpoints": 1,
-        "num_workers": 0,
-    }
-    for name, lowest in least.items():
-        value = getattr(config, name)
-        if value is not None and not value >= lowest:
-            raise ValueError(f"{name} must be at least {lowest}; got {value}.")
-    for name in ("learning_rate", "clip_norm"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be above 0 and finite; got {value}.")
-    for name in ("ema_decay", "label_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} must be in [0, 1); got {getattr(config, name)}.")
-
-
-def _train(config: TrainConfig) -> None:
-    started = time.monotonic()
     parallel.check_batch_size(config.batch_size, config.num_microbatches)
     workdir = pathlib.Path(config.workdir)
     source = data.load_images(
@@ -154,6 +122,31 @@ def _train(config: TrainConfig) -> None:
                 log.write(step, metrics)
                 break
     print(f"step {step} is in {workdir}" + ("" if step == config.max_steps else "; call again"))
+
+
+def _check(config: TrainConfig) -> None:
+    """Refuse, before anything is written, settings that no run could use."""
+    cli.check_at_least(
+        config,
+        max_steps=1,
+        batch_size=1,
+        num_microbatches=1,
+        warmup_steps=0,
+        seed=0,
+        max_seconds=0,
+        log_every=1,
+        sample_every=0,
+        checkpoint_every=1,
+        keep_checkpoints=1,
+        num_workers=0,
+    )
+    for name in ("learning_rate", "clip_norm"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be above 0 and finite; got {value}.")
+    for name in ("ema_decay", "label_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be in [0, 1); got {getattr(config, name)}.")
 
 
 def _batches(source: data.ImageSource, config: TrainConfig, start: int) -> Iterator[Any]:

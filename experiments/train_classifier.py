@@ -73,9 +73,7 @@ PRESETS: dict[str, tuple[str, ClassifierConfig]] = {
 
 def main(config: ClassifierConfig) -> None:
     """Train, test, and write the weights."""
-    for name in ("width", "num_steps", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")
+    cli.check_at_least(config, width=1, num_steps=1, batch_size=1)
     if not 0 < config.learning_rate < float("inf"):
         raise ValueError(f"learning_rate must be above 0; got {config.learning_rate}.")
     train_set, test_set = _load(config)

@@ -56,9 +56,7 @@ class TrajectoryConfig:
 
 def main(config: TrajectoryConfig) -> None:
     """Sample with every state kept, draw."""
-    for name, least in [("num_images", 1), ("num_columns", 2), ("frame_ms", 1)]:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}; got {getattr(config, name)}.")
+    cli.check_at_least(config, num_images=1, num_columns=2, frame_ms=1)
     sampler = generate.make_sampler(config.sampler, config.eta)
     trained = load_trained(config.workdir, config.weights)
     network = trained.network
@@ -83,7 +81,7 @@ def _trajectories(trained: Trained, timesteps, sampler, config: TrajectoryConfig
     def program(params, indices):
         x_T, keys = initial_noise(jax.random.key(config.seed), indices, network.image_shape)
         label = indices % (network.model.num_classes or 1)
-        eps_fn = real.eps_fn(network, params, label)
+        eps_fn = network.eps_fn(params, label)
         both = sample_trajectory(keys, eps_fn, network.schedule, x_T, timesteps, sampler)
         return tuple(generate.to_pixels(x.swapaxes(0, 1)) for x in both)
 

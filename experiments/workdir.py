@@ -67,6 +67,7 @@ class Network:
     ) -> EpsFn:
         """The network as an `EpsFn`; `params` is an argument so that jit need not bake it in.
 
+        A network that was trained without labels does not see `label`.
         A guidance scale other than 1 takes two network evaluations where others take one.
         """
         classes = self.model.num_classes
@@ -79,6 +80,14 @@ class Network:
         if guidance_scale == 1:
             return given(label)
         return guided(given(label), given(jnp.full_like(label, classes)), guidance_scale)
+
+    def check_label(self, label: int) -> None:
+        """Raise ValueError unless the network has this class; one without labels has only 0."""
+        classes = self.model.num_classes or 1
+        if not 0 <= label < classes:
+            raise ValueError(
+                f"label must be in [0, {classes - 1}], the classes of this network; got {label}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 import functools
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -198,6 +199,29 @@ def damage_index(path: pathlib.Path):
 def damage_data(path: pathlib.Path):
     for file in [*(path / "d").iterdir(), *path.glob("ocdbt.process_0/d/*")]:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_a_checkpoint_that_vanished_is_not_called_damaged(tmp_path):
+    """As when a run that keeps its newest deletes the one being read."""
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"w": np.ones(3)})
+        checkpointer.wait()
+        shutil.rmtree(tmp_path / "1")
+        with pytest.raises(ValueError, match="/1 was removed while it was read.*call again"):
+            checkpointer.restore({"w": np.ones(3)}, 1)
+
+
+@pytest.mark.parametrize("error", [PermissionError, MemoryError])
+def test_what_is_no_damage_passes_through(tmp_path, monkeypatch, error):
+    def fail(*args, **options):
+        raise error("not yours")
+
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"w": np.ones(3)})
+        checkpointer.wait()
+        monkeypatch.setattr(checkpointer._manager, "restore", fail)
+        with pytest.raises(error, match="not yours"):
+            checkpointer.restore({"w": np.ones(3)})
 
 
 @pytest.mark.parametrize("damage", [damage_metadata, damage_index, damage_data])

@@ -61,6 +61,7 @@ def test_npz(tmp_path, keys, shape):
         (dict(images=np.array([None, "x"], object)), "plain arrays.*Object"),
         (dict(images=UINT8, labels=np.zeros(2, int)), r"labels.*\(3,\).*shape \(2,\)"),
         (dict(images=UINT8, labels=np.zeros(3)), "labels.*integers.*float64"),
+        (dict(images=UINT8, labels=np.array(["a", "b", "a"])), "labels.*integers.*<U1"),
         (dict(images=UINT8, labels=np.array([0, -1, 2])), r"labels must lie.*-1 to 2"),
     ],
 )
