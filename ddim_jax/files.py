@@ -1,0 +1,183 @@
+"""Files that are whole or refused: atomic writing, guarded reading, one process to a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import secrets
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that a kill, a full disk or a power cut leaves the old content or the new.
+
+    When writing fails nothing new stays in the folder; a kill may leave a `.new` file beside it.
+    """
+    path = pathlib.Path(path)
+    # A name of its own, for two processes may write the same file.
+    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    try:
+        with new.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    """Bring the names in a folder to the disk, where its file system can."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some that reach over a network cannot, and the file is there
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_json(
+    path: str | os.PathLike[str], *, way_out: str = "Restore it or make it anew."
+) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises FileNotFoundError without a file, and ValueError, ending in `way_out`, when it is
+    damaged or holds something else than an object.
+    """
+    path = pathlib.Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # bytes that are no text are a ValueError too
+        raise ValueError(f"{path} is not JSON, or damaged ({error}). {way_out}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} must hold a JSON object, {{...}}; it has a {type(content).__name__}. {way_out}"
+        )
+    return content
+
+
+def read_npz(
+    path: str | os.PathLike[str],
+    what: str,
+    names: Collection[str] | None = None,
+    *,
+    way_out: str = "Copy it again, or make it anew.",
+) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file by name; those called `names` alone, where it has them, if given.
+
+    what: what the file is to hold, in words; for messages, as is `way_out`, their last sentence.
+
+    Nothing is unpickled. Every array's checksum is compared, so that a damaged one is not returned.
+    Raises FileNotFoundError without a file, and ValueError when it is no .npz file, or damaged,
+    truncated or pickled.
+    """
+    with _opened_npz(path, what, way_out) as archive:
+        return {
+            name: _read_array(archive, name)
+            for name in _array_names(archive)
+            if names is None or name in names
+        }
+
+
+def npz_names(
+    path: str | os.PathLike[str], what: str, *, way_out: str = "Copy it again, or make it anew."
+) -> list[str]:
+    """The names of the arrays of a .npz file, none of them read; see `read_npz`."""
+    with _opened_npz(path, what, way_out) as archive:
+        return _array_names(archive)
+
+
+@contextlib.contextmanager
+def _opened_npz(path: str | os.PathLike[str], what: str, way_out: str) -> Iterator[zipfile.ZipFile]:
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; give the path of {what}, a .npz file.")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("not a whole zip archive")
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    # Damage reaches numpy, zipfile and zlib anywhere: they raise a dozen kinds and promise none.
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as {what}, plain arrays in a .npz file "
+            f"({str(error) or type(error).__name__}). {way_out}"
+        ) from error
+
+
+def _array_names(archive: zipfile.ZipFile) -> list[str]:
+    return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as member:
+        array = np.lib.format.read_array(member, allow_pickle=False)
+        # np.load stops here. Only the end of a member has its checksum compared.
+        if member.read(1):
+            raise ValueError(f"{name} has more bytes than its shape {array.shape} says")
+    return array
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings, and who may write them
+
+
+def differences(
+    there: Mapping[str, Any], wanted: Mapping[str, Any], ignore: Collection[str] = frozenset()
+) -> list[str]:
+    """One line for each setting that differs: "key is X there and Y now", sorted.
+
+    Those of a mapping inside a mapping are called by their dotted key, "model.channels", in
+    `ignore` too. A key that is absent is the same as None. Values are compared as they are: a tuple
+    is not the list that JSON makes of it.
+    """
+    return sorted(_differences(there, wanted, ignore, ""))
+
+
+def _differences(
+    there: Mapping[str, Any], wanted: Mapping[str, Any], ignore: Collection[str], prefix: str
+) -> Iterator[str]:
+    for key in there.keys() | wanted.keys():
+        name = f"{prefix}{key}"
+        old, new = there.get(key), wanted.get(key)
+        if name in ignore:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, ignore, f"{name}.")
+        elif old != new:
+            yield f"{name} is {old!r} there and {new!r} now"
+
+
+@contextlib.contextmanager
+def only_one_process(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the folder; ValueError if another process does. A killed process lets go of it."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder} is in use by another process of this command; wait for it, or give "
+                "another folder."
+            ) from error
+        yield
