@@ -1,0 +1,50 @@
+"""Noise levels against data: shapes that meet, and arithmetic that keeps its digits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ddim_jax.types import Level
+
+
+def as_level(alpha_bar: Level) -> Float[Array, "*level"]:
+    """The level as an array of at least float32: bfloat16 cannot tell 0.9999 from 1."""
+    return widen(jnp.asarray(alpha_bar))
+
+
+def expand_level(alpha_bar: Level, x: jax.Array) -> Float[Array, "..."]:
+    """The level with axes of size 1 appended, so that its axes meet x's leading axes."""
+    level = as_level(alpha_bar)
+    meets = all(n in (1, m) for n, m in zip(level.shape, x.shape, strict=False))
+    if level.ndim > x.ndim or not meets:
+        raise ValueError(
+            "a noise level (alpha_bar, t, eta) must be a scalar or have the data's leading axes; "
+            f"got level shape {level.shape} with data shape {x.shape}."
+        )
+    return level.reshape(level.shape + (1,) * (x.ndim - level.ndim))
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """`x` in at least float32, for arithmetic that is rounded once, at its end."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def safe_sqrt(value: Float[Array, "*level"]) -> Float[Array, "*level"]:
+    """sqrt(max(value, 0)) with gradient 0 where it is 0, so that 0 * inf never makes a NaN."""
+    empty = value <= 0
+    return jnp.where(empty, 0.0, jnp.sqrt(jnp.where(empty, 1.0, value)))
+
+
+def std_of(variance: Float[Array, "*level"]) -> Float[Array, "*level"]:
+    """sqrt(variance), 0 where rounding alone took it below 0, NaN where it is further below."""
+    return safe_sqrt(jnp.where(variance < -1e-6, jnp.nan, variance))
+
+
+def noise_kept(alpha_bar_prev: Level, sigma: Level) -> Float[Array, "..."]:
+    """sqrt(1 - alpha_bar_prev - sigma^2), the factor of eps in eq. 7 and 12.
+
+    NaN where sigma^2 exceeds 1 - alpha_bar_prev: no process adds that much noise.
+    """
+    return std_of(1 - as_level(alpha_bar_prev) - as_level(sigma) ** 2)
