@@ -1,8 +1,8 @@
 """Denoising diffusion implicit models (Song, Meng, Ermon 2021) in JAX.
 
-The names here are the pure core: schedules, steps, samplers, losses. Networks, data, training and
-metrics are modules to import by name (`ddim_jax.unet`, `ddim_jax.train`, ...), so that this import
-loads neither flax, orbax, tensorflow nor matplotlib.
+The names here are the pure core: schedules, steps, samplers, losses. Networks, data, training,
+runs and metrics are modules to import by name (`ddim_jax.unet`, `ddim_jax.runs`, ...), so that this
+import loads neither flax, orbax, tensorflow nor matplotlib.
 """
 
 from ddim_jax.bound import BoundTerms as BoundTerms
@@ -10,7 +10,10 @@ from ddim_jax.bound import fixed_large_sigmas as fixed_large_sigmas
 from ddim_jax.bound import process_sigmas as process_sigmas
 from ddim_jax.bound import variational_bound as variational_bound
 from ddim_jax.bound import variational_weights as variational_weights
+from ddim_jax.denoisers import PARAMETRIZATIONS as PARAMETRIZATIONS
+from ddim_jax.denoisers import Parametrization as Parametrization
 from ddim_jax.denoisers import clip_x0 as clip_x0
+from ddim_jax.denoisers import clip_x0_keep_eps as clip_x0_keep_eps
 from ddim_jax.denoisers import from_score as from_score
 from ddim_jax.denoisers import from_v as from_v
 from ddim_jax.denoisers import from_x0 as from_x0
@@ -24,6 +27,8 @@ from ddim_jax.latents import lerp as lerp
 from ddim_jax.latents import slerp as slerp
 from ddim_jax.losses import antithetic_timesteps as antithetic_timesteps
 from ddim_jax.losses import eps_loss as eps_loss
+from ddim_jax.losses import min_snr as min_snr
+from ddim_jax.losses import prediction_loss as prediction_loss
 from ddim_jax.ode import from_ode_coordinates as from_ode_coordinates
 from ddim_jax.ode import ode_field as ode_field
 from ddim_jax.ode import to_ode_coordinates as to_ode_coordinates
@@ -36,6 +41,7 @@ from ddim_jax.predict import score_to_x0 as score_to_x0
 from ddim_jax.predict import v_to_epsilon as v_to_epsilon
 from ddim_jax.predict import v_to_score as v_to_score
 from ddim_jax.predict import v_to_x0 as v_to_x0
+from ddim_jax.predict import velocity as velocity
 from ddim_jax.predict import x0_to_epsilon as x0_to_epsilon
 from ddim_jax.predict import x0_to_score as x0_to_score
 from ddim_jax.predict import x0_to_v as x0_to_v
@@ -45,24 +51,30 @@ from ddim_jax.process import posterior_mean as posterior_mean
 from ddim_jax.samplers import Sampler as Sampler
 from ddim_jax.samplers import SamplerState as SamplerState
 from ddim_jax.samplers import ddim as ddim
-from ddim_jax.samplers import ddim_clip_data as ddim_clip_data
+from ddim_jax.samplers import ddim_or_sigma_hat as ddim_or_sigma_hat
 from ddim_jax.samplers import ddpm as ddpm
 from ddim_jax.samplers import encode as encode
 from ddim_jax.samplers import sample as sample
 from ddim_jax.samplers import sample_trajectory as sample_trajectory
+from ddim_jax.samplers import sigma_hat as sigma_hat
 from ddim_jax.schedule import Schedule as Schedule
 from ddim_jax.schedule import cosine_schedule as cosine_schedule
 from ddim_jax.schedule import ddim_timesteps as ddim_timesteps
 from ddim_jax.schedule import linear_schedule as linear_schedule
 from ddim_jax.schedule import scaled_linear_schedule as scaled_linear_schedule
 from ddim_jax.schedule import schedule_from_betas as schedule_from_betas
+from ddim_jax.schedule import zero_terminal_snr as zero_terminal_snr
+from ddim_jax.solvers import SAMPLERS as SAMPLERS
 from ddim_jax.solvers import dpm_solver_pp_2m as dpm_solver_pp_2m
 from ddim_jax.solvers import heun as heun
+from ddim_jax.solvers import named_sampler as named_sampler
 from ddim_jax.solvers import probability_flow_euler as probability_flow_euler
 from ddim_jax.steps import ddim_sigma as ddim_sigma
 from ddim_jax.steps import ddim_sigma_hat as ddim_sigma_hat
 from ddim_jax.steps import ddim_step as ddim_step
-from ddim_jax.steps import ddim_step_clip_data as ddim_step_clip_data
 from ddim_jax.steps import ddpm_step as ddpm_step
 from ddim_jax.steps import sigma_hat_step as sigma_hat_step
+from ddim_jax.types import Denoiser as Denoiser
 from ddim_jax.types import EpsFn as EpsFn
+from ddim_jax.types import NoiseSchedule as NoiseSchedule
+from ddim_jax.types import Prediction as Prediction

@@ -20,19 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ddim_jax.checks import check_floating, check_same_shape
 from ddim_jax.keys import draw_noise, fold_in, typed_key
-from ddim_jax.predict import (
-    check_floating,
-    check_same_shape,
-    expand_level,
-    predict_noise,
-    safe_sqrt,
-    std_of,
-)
-from ddim_jax.samplers import Timesteps
-from ddim_jax.schedule import Schedule, check_timesteps
+from ddim_jax.numerics import expand_level, safe_sqrt, std_of
+from ddim_jax.predict import checked_answer
 from ddim_jax.steps import check_eta, is_zero
-from ddim_jax.types import Data, EpsFn, Index, Level, PRNGKey, is_traced
+from ddim_jax.types import (
+    Data,
+    Denoiser,
+    Level,
+    NoiseSchedule,
+    Prediction,
+    PRNGKey,
+    Time,
+    Timesteps,
+    is_traced,
+)
 
 Sigmas = Float[Array, "S"] | Float[np.ndarray, "S"]
 
@@ -53,7 +56,9 @@ class BoundTerms(NamedTuple):
         return self.prior + self.steps.sum(axis=0) + self.decoder
 
 
-def process_sigmas(schedule: Schedule, timesteps: Timesteps, eta: Level = 1.0) -> Float[Array, "S"]:
+def process_sigmas(
+    schedule: NoiseSchedule, timesteps: Timesteps, eta: Level = 1.0
+) -> Float[Array, "S"]:
     """Std of each step's noise for the paper's eta (eq. 16); 1 is DDPM's "fixed_small".
 
     The step to clean data would have none; it takes that of the step before, as DDPM does.
@@ -64,7 +69,7 @@ def process_sigmas(schedule: Schedule, timesteps: Timesteps, eta: Level = 1.0) -
         raise ValueError(
             f"eta must be positive; got {eta}. The bound of a deterministic process is infinite."
         )
-    t, t_prev = _step_indices(timesteps, schedule.num_steps)
+    t, t_prev = _steps(schedule, timesteps)
     if t.shape[0] < 2:
         raise ValueError(
             "timesteps must be at least two, since the decoder takes the std of the step before; "
@@ -75,18 +80,18 @@ def process_sigmas(schedule: Schedule, timesteps: Timesteps, eta: Level = 1.0) -
     return sigma.at[-1].set(sigma[-2])
 
 
-def fixed_large_sigmas(schedule: Schedule, timesteps: Timesteps) -> Float[Array, "S"]:
+def fixed_large_sigmas(schedule: NoiseSchedule, timesteps: Timesteps) -> Float[Array, "S"]:
     """Std of each step's noise for DDPM's "fixed_large", a choice for the model but no process.
 
     To clean data it takes the small variance of the step before. Raises as `process_sigmas` does.
     Source: Ho et al. 2020, section 3.2, and its code.
     """
     decoder = process_sigmas(schedule, timesteps)[-1]
-    t, t_prev = _step_indices(timesteps, schedule.num_steps)
+    t, t_prev = _steps(schedule, timesteps)
     return _fresh_std(schedule, t, t_prev).at[-1].set(decoder)
 
 
-def _fresh_std(schedule: Schedule, t: Index, t_prev: Index) -> Float[Array, "S"]:
+def _fresh_std(schedule: NoiseSchedule, t: Time, t_prev: Time) -> Float[Array, "S"]:
     """sqrt(1 - ab / ab_prev), each difference taken where its terms are small."""
     ab, ab_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
     added = schedule.noise_variance(t) - schedule.noise_variance(t_prev)
@@ -95,8 +100,8 @@ def _fresh_std(schedule: Schedule, t: Index, t_prev: Index) -> Float[Array, "S"]
 
 def variational_bound(
     key: PRNGKey,
-    eps_fn: EpsFn,
-    schedule: Schedule,
+    eps_fn: Denoiser,
+    schedule: NoiseSchedule,
     x0: Data,
     timesteps: Timesteps,
     sigma: Sigmas,
@@ -112,7 +117,7 @@ def variational_bound(
     Raises ValueError for timesteps or sigmas that are known to break these rules.
     """
     check_floating("x0", x0)
-    t, t_prev = _step_indices(timesteps, schedule.num_steps)
+    t, t_prev = _steps(schedule, timesteps)
     sigma = _check_sigmas("sigma", sigma, t.shape[0])
     model_sigma = sigma if model_sigma is None else model_sigma
     model_sigma = _check_sigmas("model_sigma", model_sigma, t.shape[0])
@@ -129,12 +134,12 @@ def variational_bound(
 
 
 def bound_term(
-    eps_fn: EpsFn,
-    schedule: Schedule,
+    eps_fn: Denoiser,
+    schedule: NoiseSchedule,
     x0: Data,
     noise: Data,
-    t: Index,
-    t_prev: Index,
+    t: Time,
+    t_prev: Time,
     sigma: Level,
     model_sigma: Level,
 ) -> Float[Array, "B"]:
@@ -146,8 +151,7 @@ def bound_term(
     signal = expand_level(jnp.sqrt(schedule.alpha_bar(t)), x0)
     std = expand_level(safe_sqrt(schedule.noise_variance(t)), x0)
     x_t = (signal * x0 + std * noise).astype(x0.dtype)
-    # Eq. 9 less x0: written as a difference of large numbers it would lose what the bound measures.
-    x0_error = std / signal * (noise - predict_noise(eps_fn, x_t, jnp.asarray(t)))
+    x0_error = _x0_error(checked_answer(eps_fn, x_t, jnp.asarray(t)), x0, noise, signal, std)
 
     def decoder():
         return -discretized_log_likelihood(x0, x0 + x0_error, model_sigma)
@@ -156,18 +160,33 @@ def bound_term(
         c = expand_level(_x0_coefficient(schedule, t, t_prev, sigma), x0)
         return gaussian_kl(c * x0_error, sigma, jnp.zeros_like(x0_error), model_sigma)
 
-    return _bits_per_dim(jax.lax.cond(jnp.asarray(t_prev) < 0, decoder, kl))
+    return _bits_per_dim(jax.lax.cond(schedule.is_clean(t_prev), decoder, kl))
 
 
-def _x0_coefficient(schedule: Schedule, t: Index, t_prev: Index, sigma: Level) -> Float[Array, "*"]:
+def _x0_error(
+    answer: jax.Array | Prediction, x0: Data, noise: Data, signal: jax.Array, std: jax.Array
+) -> jax.Array:
+    """x0_hat less x0, seen at signal x0 + std noise."""
+    # Eq. 9 less x0: written as a difference of large numbers it would lose what the bound measures.
+    if not isinstance(answer, Prediction):
+        return std / signal * (noise - answer)
+    # Where there is more noise than signal, or no signal at all, the difference is the better one.
+    clear = signal > std
+    by_eps = std / jnp.where(clear, signal, 1.0) * (noise - answer.eps)
+    return jnp.where(clear, by_eps, answer.x0 - x0)
+
+
+def _x0_coefficient(
+    schedule: NoiseSchedule, t: Time, t_prev: Time, sigma: Level
+) -> Float[Array, "*"]:
     """By how much x0 moves the mean of q_sigma(x_prev | x_t, x0), eq. 7; 1 if x_prev is x0."""
-    fresh = jnp.where(jnp.asarray(t_prev) < 0, 0.0, sigma)
+    fresh = jnp.where(schedule.is_clean(t_prev), 0.0, sigma)
     kept = std_of(schedule.noise_variance(t_prev) - fresh**2)
     signal_to_noise = jnp.sqrt(schedule.alpha_bar(t) / schedule.noise_variance(t))
     return jnp.sqrt(schedule.alpha_bar(t_prev)) - kept * signal_to_noise
 
 
-def prior_bpd(schedule: Schedule, x0: Data, t: Index) -> Float[Array, "B"]:
+def prior_bpd(schedule: NoiseSchedule, x0: Data, t: Time) -> Float[Array, "B"]:
     """KL(q(x_t | x0) || N(0, I)) in bits per dimension, t the index the sampler starts at."""
     mean, std = jnp.sqrt(schedule.alpha_bar(t)) * x0, jnp.sqrt(schedule.noise_variance(t))
     return _bits_per_dim(gaussian_kl(mean, std, jnp.zeros_like(x0), 1.0))
@@ -205,7 +224,7 @@ def _normal_logit(z: jax.Array) -> jax.Array:
 
 
 def variational_weights(
-    schedule: Schedule, timesteps: Timesteps, sigma: Sigmas
+    schedule: NoiseSchedule, timesteps: Timesteps, sigma: Sigmas
 ) -> Float[Array, "S"]:
     """gamma for which J_sigma = sum over steps of gamma E||eps - eps_fn||^2 + C, in nats.
 
@@ -217,21 +236,21 @@ def variational_weights(
 
     Source: theorem 1; its proof prints 1 / (2 sigma^2 ab), without the other factors.
     """
-    t, t_prev = _step_indices(timesteps, schedule.num_steps)
+    t, t_prev = _steps(schedule, timesteps)
     sigma = _check_sigmas("sigma", sigma, t.shape[0])
     c = _x0_coefficient(schedule, t, t_prev, sigma)
     return c**2 * schedule.noise_variance(t) / (2 * sigma**2 * schedule.alpha_bar(t))
 
 
-def _step_indices(timesteps: Timesteps, num_steps: int) -> tuple[jax.Array, jax.Array]:
-    """The index each step starts from, and the one it goes to; -1 is clean data."""
-    t = check_timesteps(timesteps, num_steps)
+def _steps(schedule: NoiseSchedule, timesteps: Timesteps) -> tuple[jax.Array, jax.Array]:
+    """The time each step starts from, and the one it goes to; the last goes to clean data."""
+    t = schedule.check_timesteps(timesteps)
     if not is_traced(timesteps) and np.any(np.diff(np.asarray(timesteps)) == 0):
         raise ValueError(
             "timesteps must descend strictly for a variational bound: a repeated index is no step. "
             "Use np.unique(timesteps)[::-1]."
         )
-    return t, jnp.append(t[1:], -1)
+    return t, jnp.append(t[1:], schedule.clean)
 
 
 def _check_sigmas(name: str, sigma: Sigmas, num_steps: int) -> Float[Array, "S"]:

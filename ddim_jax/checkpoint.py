@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -87,13 +87,17 @@ class Checkpointer:
         with self._naming_damage(step):
             saved = self._manager.item_metadata(step).tree  # pyright: ignore
         self._check_same(step, _specs(saved), _specs(template), partial)
+        # Asked for as it was saved: a field without leaves, if it is newer, is nowhere on disk.
+        item = _entries_with(saved, _specs(template)) if partial else saved
         args = ocp.args.PyTreeRestore(
-            jax.tree.map(_without_key_type, template),
-            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template),
+            item,
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item),
             partial_restore=partial,
         )
         with self._naming_damage(step):
-            restored = self._manager.restore(step, args=args)
+            found = _named_leaves(self._manager.restore(step, args=args))
+        structure = jax.tree.structure(template)
+        restored = structure.unflatten(found[name] for name in _specs(template))
         return jax.tree.map(_placed_like, template, restored)
 
     def wait(self) -> None:
@@ -171,14 +175,33 @@ Specs: TypeAlias = dict[str, str]
 """The name of each leaf, as "params/Dense_0/kernel", and its dtype and shape, as "float32[3,4]"."""
 
 
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
 def _specs(tree: Any) -> Specs:
     specs = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
+    for name, leaf in _named_leaves(tree).items():
         leaf = _without_key_type(leaf)
         leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
         shape = ",".join(map(str, leaf.shape))
-        specs[jax.tree_util.keystr(path, simple=True, separator="/")] = f"{leaf.dtype}[{shape}]"
+        specs[name] = f"{leaf.dtype}[{shape}]"
     return specs
+
+
+def _entries_with(saved: Any, names: Collection[str], prefix: str = "") -> Any:
+    """The saved tree without those entries of its dicts that hold none of the named leaves."""
+    if not isinstance(saved, Mapping):
+        return saved
+    paths = {key: f"{prefix}{key}" for key in saved}
+    return {
+        key: _entries_with(saved[key], names, f"{path}/")
+        for key, path in paths.items()
+        if any(name == path or name.startswith(f"{path}/") for name in names)
+    }
 
 
 def _is_typed_key(leaf: Any) -> bool:

@@ -7,17 +7,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ddim_jax.checks import check_floating
 from ddim_jax.denoisers import check_not_clipped
-from ddim_jax.predict import check_floating, expand_level, predict_noise
-from ddim_jax.samplers import Timesteps
-from ddim_jax.schedule import Schedule, check_timesteps
+from ddim_jax.numerics import expand_level
+from ddim_jax.predict import checked_answer, x0_to_epsilon
 from ddim_jax.steps import ddim_step
-from ddim_jax.types import Data, EpsFn
+from ddim_jax.types import Data, Denoiser, Level, NoiseSchedule, Prediction, Timesteps
 
 
 def encode_fixed_point(
-    eps_fn: EpsFn,
-    schedule: Schedule,
+    eps_fn: Denoiser,
+    schedule: NoiseSchedule,
     x_0: Data,
     timesteps: Timesteps,
     num_iterations: int = 6,
@@ -41,7 +41,7 @@ def encode_fixed_point(
         raise ValueError(f"num_iterations must be at least 1; got {num_iterations}.")
     check_not_clipped(eps_fn)
     check_floating("x_0", x_0)
-    ascending = check_timesteps(timesteps, schedule.num_steps)[::-1]
+    ascending = schedule.check_timesteps(timesteps)[::-1]
 
     def body(carry, inputs):
         x, eps = carry
@@ -49,14 +49,26 @@ def encode_fixed_point(
         ab, ab_next = schedule.alpha_bar(t), schedule.alpha_bar(t_next)
 
         def network(eps):
-            return predict_noise(eps_fn, ddim_step(x, eps, ab, ab_next), t_next).astype(x.dtype)
+            answer = checked_answer(eps_fn, ddim_step(x, eps, ab, ab_next), t_next)
+            return _noise_at(x, ab, answer).astype(x.dtype)
 
         eps = _anderson(network, eps, num_iterations)
         return (ddim_step(x, eps, ab, ab_next), eps), None
 
-    t_from = jnp.append(-1, ascending[:-1])
+    t_from = jnp.append(schedule.clean, ascending[:-1])
     (x_T, _), _ = jax.lax.scan(body, (x_0, jnp.zeros_like(x_0)), (t_from, ascending))
     return x_T
+
+
+def _noise_at(x: jax.Array, ab: Level, answer: jax.Array | Prediction) -> jax.Array:
+    """The noise in x at level ab by what the network answers at the next level."""
+    if not isinstance(answer, Prediction):
+        return answer
+    # Where there is little signal x_next is nearly its own eps, and at alpha_bar = 0 any eps would
+    # be a solution: there x0 tells them apart.
+    noisy = ab < 0.5
+    by_x0 = x0_to_epsilon(answer.x0, x, jnp.where(noisy, ab, 0.5))
+    return jnp.where(noisy, by_x0, answer.eps)
 
 
 def _anderson(f: Callable[[jax.Array], jax.Array], x: jax.Array, num_calls: int) -> jax.Array:

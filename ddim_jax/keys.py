@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from ddim_jax.types import Index, PRNGKey
+from ddim_jax.types import PRNGKey, Time
 
 Indices = Int[Array, "B"] | Int[np.ndarray, "B"]
 
@@ -50,8 +50,13 @@ def draw_noise(key: PRNGKey | None, x: jax.Array) -> jax.Array:
     return draw_each(lambda k: jax.random.normal(k, x.shape[1:], dtype), key)
 
 
-def fold_in(key: PRNGKey, i: Index) -> PRNGKey:
-    """The key, or each of the keys (B,), with i folded in: one number, or one for each key."""
+def fold_in(key: PRNGKey, i: Time) -> PRNGKey:
+    """The key, or each of the keys (B,), with i folded in: one number, or one for each key.
+
+    A float32 counts as the whole number with its bits.
+    """
+    if jnp.issubdtype(jnp.result_type(i), jnp.floating):
+        i = jax.lax.bitcast_convert_type(jnp.asarray(i, jnp.float32), jnp.int32)
     if key.ndim == 0:
         return jax.random.fold_in(key, i)
     return draw_each(jax.random.fold_in, key, jnp.broadcast_to(i, key.shape))

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddim_jax.predict import check_same_shape, safe_sqrt
+from ddim_jax.checks import check_same_shape
+from ddim_jax.numerics import safe_sqrt
 from ddim_jax.types import Data
 
 Fraction = Float[Array, ""] | float

@@ -1,29 +1,39 @@
-"""The training objective L_gamma, one loss for each example."""
+"""The training loss L_gamma for whatever a network predicts, one number for each example.
+
+    L = weight(log SNR_t) |network(x_t, t) - target|^2        Song et al. 2021, eq. 5 with its gamma
+
+The target is the noise, v or the data, as `PARAMETRIZATIONS` says. Weights are functions of the
+log SNR, so that they mean the same on every schedule.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ddim_jax.checks import check_floating, check_one_of, look_up
+from ddim_jax.denoisers import PARAMETRIZATIONS, NetworkFn
 from ddim_jax.keys import check_keys, draw_each, draw_noise, image_keys, typed_key
-from ddim_jax.predict import check_floating, predict_noise
+from ddim_jax.predict import predict_noise
 from ddim_jax.process import add_noise
-from ddim_jax.schedule import Schedule
-from ddim_jax.types import Data, EpsFn, PRNGKey
+from ddim_jax.types import Data, EpsFn, NoiseSchedule, PRNGKey, Time
 
 Norm = Literal["l2", "l1"]
+Weight: TypeAlias = Callable[[Float[Array, "*index"]], Float[Array, "*index"]]
+"""log SNR -> what the loss there is multiplied with."""
 
 
 def eps_loss(
     key: PRNGKey,
     eps_fn: EpsFn,
-    schedule: Schedule,
+    schedule: NoiseSchedule,
     x0: Data,
     *,
-    t: Int[Array, "*index"] | None = None,
+    t: Time | None = None,
     norm: Norm = "l2",
 ) -> Float[Array, "*index"]:
     """How far eps_fn is from the noise that was added: one number for each example, float32.
@@ -35,8 +45,27 @@ def eps_loss(
     Differentiable in whatever eps_fn closes over.
     Source: eq. 5 with gamma = 1; Ho et al. 2020, algorithm 1.
     """
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm must be one of {get_args(Norm)}; got {norm!r}.")
+    return prediction_loss(key, eps_fn, schedule, x0, t=t, norm=norm)
+
+
+def prediction_loss(
+    key: PRNGKey,
+    network_fn: NetworkFn,
+    schedule: NoiseSchedule,
+    x0: Data,
+    *,
+    predicts: str = "eps",
+    t: Time | None = None,
+    norm: Norm = "l2",
+    weight: Weight | None = None,
+) -> Float[Array, "*index"]:
+    """`eps_loss` for a network that predicts "eps", "v" or "x0", or any other of PARAMETRIZATIONS.
+
+    The network's own answer is compared with the right one. `weight`, such as `min_snr`, multiplies
+    the loss of each example by a function of its log SNR; None is 1.
+    """
+    check_one_of("norm", norm, get_args(Norm))
+    parametrization = look_up("predicts", predicts, PARAMETRIZATIONS)
     check_floating("x0", x0)
     if x0.ndim == 0:
         raise ValueError("x0 must have a leading axis of examples; got a scalar.")
@@ -44,29 +73,62 @@ def eps_loss(
     check_keys(key, x0)
     t_key, eps_key = _split(key)
     if t is None:
-        t = _draw_timesteps(t_key, x0.shape[0], schedule.num_steps)
+        t = draw_times(t_key, x0.shape[0], schedule)
     t = jnp.asarray(t)
     eps = draw_noise(eps_key, x0)
     x_t = add_noise(schedule, x0, eps.astype(x0.dtype), t)
-    error = eps - predict_noise(eps_fn, x_t, t)
+    target = parametrization.target(x0, eps, schedule.alpha_bar(t))
+    error = target - predict_noise(network_fn, x_t, t)
     distance = jnp.square(error) if norm == "l2" else jnp.abs(error)
-    return distance.mean(axis=tuple(range(t.ndim, x0.ndim)))
+    loss = distance.mean(axis=tuple(range(t.ndim, x0.ndim)))
+    return loss if weight is None else weight(schedule.log_snr(t)) * loss
+
+
+def min_snr(predicts: str = "eps", gamma: float = 5.0) -> Weight:
+    """The weight min(SNR, gamma) of x0's squared error, for the loss of another prediction.
+
+    For eps it is min(SNR, gamma) / SNR, for v min(SNR, gamma) / (SNR + 1). Raises ValueError for
+    gamma <= 0, and for a prediction whose error is no multiple of x0's.
+    Source: Hang et al. 2023 (arXiv:2303.09556), section 3.4.
+    """
+    if not gamma > 0:
+        raise ValueError(f"gamma must be above 0; got {gamma}.")
+    check_one_of("predicts", predicts, ("eps", "v", "x0"))
+
+    def weight(log_snr: Float[Array, "*index"]) -> Float[Array, "*index"]:
+        snr = jnp.exp(log_snr)
+        match predicts:
+            case "eps":  # min(1, gamma / SNR), also where SNR is 0
+                return jnp.exp(jnp.minimum(0.0, jnp.log(gamma) - log_snr))
+            case "v":
+                return jnp.minimum(snr, gamma) / (snr + 1)
+            case _:
+                return jnp.minimum(snr, gamma)
+
+    return weight
 
 
 def antithetic_timesteps(
-    key: PRNGKey, indices: Int[Array, "B"], batch_size: int, num_steps: int
-) -> Int[Array, "B"]:
-    """Time indices of a batch's examples `indices`, drawn in pairs t and T - 1 - t.
+    key: PRNGKey, indices: Int[Array, "B"], batch_size: int, schedule: NoiseSchedule
+) -> jax.Array:
+    """Times of a batch's examples `indices`, (B,), drawn in pairs t and `schedule.mirror(t)`.
 
-    The batch's first batch_size // 2 + 1 indices are drawn, the rest mirror them in order, so an
-    example's index depends on (key, its place, batch_size) and not on how the batch is sharded.
+    The batch's first batch_size // 2 + 1 times are drawn, the rest mirror them in order, so an
+    example's time depends on (key, its place, batch_size) and not on how the batch is sharded.
     Source: the paper's code, which calls it antithetic sampling.
     """
     num_drawn = batch_size // 2 + 1
     mirrored = indices >= num_drawn
     keys = image_keys(key, jnp.where(mirrored, indices - num_drawn, indices))
-    t = _draw_timesteps(keys, indices.shape[0], num_steps)
-    return jnp.where(mirrored, num_steps - 1 - t, t)
+    t = draw_times(keys, indices.shape[0], schedule)
+    return jnp.where(mirrored, schedule.mirror(t), t)
+
+
+def draw_times(key: PRNGKey, batch_size: int, schedule: NoiseSchedule) -> jax.Array:
+    """Times (B,) for training, independent and uniform, from one key or from (B,) of them."""
+    if key.ndim == 0:
+        return schedule.draw(key, (batch_size,))
+    return draw_each(schedule.draw, key)
 
 
 def _split(key: PRNGKey) -> tuple[PRNGKey, PRNGKey]:
@@ -75,9 +137,3 @@ def _split(key: PRNGKey) -> tuple[PRNGKey, PRNGKey]:
         return first, second
     keys = draw_each(jax.random.split, key)
     return keys[:, 0], keys[:, 1]
-
-
-def _draw_timesteps(key: PRNGKey, batch_size: int, num_steps: int) -> Int[Array, "B"]:
-    if key.ndim == 0:
-        return jax.random.randint(key, (batch_size,), 0, num_steps)
-    return draw_each(lambda k: jax.random.randint(k, (), 0, num_steps), key)

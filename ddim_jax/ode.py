@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddim_jax.predict import as_level, expand_level, predict_noise, safe_sqrt
-from ddim_jax.schedule import Schedule
-from ddim_jax.types import Data, EpsFn, Level
+from ddim_jax.numerics import as_level, expand_level, safe_sqrt
+from ddim_jax.predict import predict_noise
+from ddim_jax.types import Data, Denoiser, Level, NoiseSchedule
 
 OdeField = Callable[[jax.Array, jax.Array], jax.Array]
 """(x_bar, s) -> d x_bar / d s, of x_bar's shape; s is a scalar."""
@@ -40,7 +40,7 @@ def from_ode_coordinates(x_bar: Data, s: Level) -> Data:
     return x_bar / jnp.sqrt(expand_level(s, x_bar) ** 2 + 1)
 
 
-def ode_field(eps_fn: EpsFn, schedule: Schedule) -> OdeField:
+def ode_field(eps_fn: Denoiser, schedule: NoiseSchedule) -> OdeField:
     """The right-hand side of eq. 14, for any ODE solver: field(x_bar, s) = d x_bar / d s.
 
     `eps_fn` knows whole indices only, so it is asked at the one whose level is nearest to s on a
@@ -50,9 +50,7 @@ def ode_field(eps_fn: EpsFn, schedule: Schedule) -> OdeField:
     """
 
     def field(x_bar: jax.Array, s: jax.Array) -> jax.Array:
-        log_levels = jnp.log(noise_to_signal(schedule.alphas_cumprod))
-        nearest = jnp.interp(jnp.log(s), log_levels, jnp.arange(schedule.num_steps))
-        t = jnp.round(nearest).astype(jnp.int32)
+        t = schedule.nearest(-2 * jnp.log(s))
         return predict_noise(eps_fn, from_ode_coordinates(x_bar, s), t)
 
     return field

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.jax_utils
@@ -12,7 +13,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddim_jax.train import LossFn, TrainState, train_step
+from ddim_jax.objectives import LossFn
+from ddim_jax.train import TrainState, train_step
 
 AXIS = "devices"
 
@@ -52,10 +54,12 @@ def pmap_train_step(
     tx: optax.GradientTransformation,
     *,
     ema_decay: float,
+    ema_warmup: bool = True,
     num_microbatches: int = 1,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """`train_step` on every device: consumes a replicated state, takes a sharded batch.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """`train_step` on every device: (state, batch[, frozen]) -> (state, metrics).
 
+    Consumes a replicated state; the batch is sharded, what is frozen replicated.
     The same update as `train_step` on one device with the whole batch, up to rounding.
     """
     step = functools.partial(
@@ -63,6 +67,7 @@ def pmap_train_step(
         loss_fn=loss_fn,
         tx=tx,
         ema_decay=ema_decay,
+        ema_warmup=ema_warmup,
         axis_name=AXIS,
         num_microbatches=num_microbatches,
     )
@@ -100,6 +105,68 @@ def everywhere(tree: Any) -> Any:
 
 def _over_this_host(spec: PartitionSpec) -> NamedSharding:
     return NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), spec)
+
+
+def index_batches(num_rows: int, batch_size: int, start: int = 0) -> Iterator[np.ndarray]:
+    """The row numbers start .. num_rows - 1 that this process works on, in batches.
+
+    Each is an int array of batch_size numbers, the last may be shorter. The processes take turns:
+    batch b is process b % process_count's. Raises ValueError for a batch_size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+    firsts = range(start, num_rows, batch_size)[jax.process_index() :: jax.process_count()]
+    return (np.arange(first, min(first + batch_size, num_rows)) for first in firsts)
+
+
+def map_batches(
+    program: Callable[..., Any], params: Any, batches: Iterable[Any], *, ahead: int = 1
+) -> Iterator[Any]:
+    """program(params, *rows) for each batch of rows, as NumPy arrays on the host, in order.
+
+    The one way to run a program over any number of rows. A batch is an array, or a tuple of arrays,
+    with one leading axis; the program, such as `over_devices` makes, returns a pytree of arrays
+    with the same. Each batch is filled up with its last row, to the size of the largest before it
+    and to a multiple of the devices, so that one compiled program serves all; the filling is cut
+    from the result. While one result is handed out, `ahead` more are computed.
+    """
+    devices, size = jax.local_device_count(), 0
+    computing: collections.deque[tuple[Any, int]] = collections.deque()
+    for batch in batches:
+        rows = batch if isinstance(batch, tuple) else (batch,)
+        num_rows = len(rows[0])
+        size = max(size, -(-num_rows // devices) * devices)
+        computing.append((program(params, *(_filled(array, size) for array in rows)), num_rows))
+        if len(computing) > ahead:
+            yield _on_host(*computing.popleft())
+    while computing:
+        yield _on_host(*computing.popleft())
+
+
+def map_rows(program: Callable[..., Any], params: Any, batch_size: int, *arrays: Any) -> Any:
+    """program(params, *arrays) for any number of rows, at most `batch_size` of them at a time.
+
+    What `map_batches` yields, put together: a pytree with one row for each row of the arrays. All
+    of them are this process's. Raises ValueError for a batch_size below 1, and for no rows.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+    if len(arrays[0]) == 0:
+        raise ValueError("arrays must have at least one row; got none.")
+    starts = range(0, len(arrays[0]), batch_size)
+    batches = (tuple(array[start : start + batch_size] for array in arrays) for start in starts)
+    parts = list(map_batches(program, params, batches))
+    return jax.tree.map(lambda *part: np.concatenate(part), *parts)
+
+
+def _filled(array: Any, size: int) -> np.ndarray:
+    array = np.asarray(array)
+    missing = size - len(array)
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
+
+
+def _on_host(result: Any, num_rows: int) -> Any:
+    return jax.tree.map(lambda array: np.asarray(array)[:num_rows], result)
 
 
 def initialize_distributed(

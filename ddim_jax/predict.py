@@ -7,10 +7,12 @@ its level each of the four determines the others, and `a_to_b(a, x_t, alpha_bar)
     v     = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0            Salimans & Ho 2022, app. D
     score = grad log q(x_t) = -eps / sqrt(1 - alpha_bar)            Song et al. 2021, section 4.3
 
-Everywhere `alpha_bar` is in (0, 1], a scalar or an array whose axes are the data's leading axes:
+Everywhere `alpha_bar` is in [0, 1], a scalar or an array whose axes are the data's leading axes:
 shape (B,) goes with data (B, H, W, C). Levels and arithmetic are float32 (or wider); the result has
 x_t's dtype. Shapes that do not match raise ValueError. Dividing by a zero signal or noise level
-gives inf or NaN, as the mathematics does: eps is undefined at alpha_bar = 1.
+gives inf or NaN, as the mathematics does: eps is undefined at alpha_bar = 1, and at alpha_bar = 0
+it says nothing of x0. What steps consume is therefore the pair of both, `Prediction(x0, eps)`:
+`predict` asks a network for it.
 """
 
 from __future__ import annotations
@@ -18,75 +20,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
-from ddim_jax.types import Data, EpsFn, Level
-
-
-def as_level(alpha_bar: Level) -> Float[Array, "*level"]:
-    """The level as an array of at least float32: bfloat16 cannot tell 0.9999 from 1."""
-    return widen(jnp.asarray(alpha_bar))
-
-
-def expand_level(alpha_bar: Level, x: jax.Array) -> Float[Array, "..."]:
-    """The level with axes of size 1 appended, so that its axes meet x's leading axes."""
-    level = as_level(alpha_bar)
-    meets = all(n in (1, m) for n, m in zip(level.shape, x.shape, strict=False))
-    if level.ndim > x.ndim or not meets:
-        raise ValueError(
-            "a noise level (alpha_bar, t, eta) must be a scalar or have the data's leading axes; "
-            f"got level shape {level.shape} with data shape {x.shape}."
-        )
-    return level.reshape(level.shape + (1,) * (x.ndim - level.ndim))
-
-
-def check_same_shape(name: str, array: jax.Array, x: jax.Array) -> None:
-    """Raise ValueError unless `array`, called `name` in the message, has x's shape."""
-    if jnp.shape(array) != jnp.shape(x):
-        raise ValueError(
-            f"{name} must have the data's shape {jnp.shape(x)}; got {jnp.shape(array)}."
-        )
-
-
-def check_floating(name: str, x: jax.Array) -> None:
-    """Raise ValueError unless `x`, called `name` in the message, is floating point."""
-    if not isinstance(x, jax.Array | np.ndarray):
-        raise ValueError(f"{name} must be an array; got {type(x).__name__}.")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"{name} must be floating point, data in [-1, 1]; got dtype {x.dtype}. "
-            "Grey levels 0..255 become x / 127.5 - 1."
-        )
-
-
-def check_bounds(low: float, high: float) -> None:
-    """Raise ValueError unless low < high."""
-    if not low < high:
-        raise ValueError(f"low must be below high; got low={low}, high={high}.")
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """`x` in at least float32, for arithmetic that is rounded once, at its end."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def safe_sqrt(value: Float[Array, "*level"]) -> Float[Array, "*level"]:
-    """sqrt(max(value, 0)) with gradient 0 where it is 0, so that 0 * inf never makes a NaN."""
-    empty = value <= 0
-    return jnp.where(empty, 0.0, jnp.sqrt(jnp.where(empty, 1.0, value)))
-
-
-def noise_kept(alpha_bar_prev: Level, sigma: Level) -> Float[Array, "..."]:
-    """sqrt(1 - alpha_bar_prev - sigma^2), the factor of eps in eq. 7 and 12.
-
-    NaN where sigma^2 exceeds 1 - alpha_bar_prev: no process adds that much noise.
-    """
-    return std_of(1 - as_level(alpha_bar_prev) - as_level(sigma) ** 2)
-
-
-def std_of(variance: Float[Array, "*level"]) -> Float[Array, "*level"]:
-    """sqrt(variance), 0 where rounding alone took it below 0, NaN where it is further below."""
-    return safe_sqrt(jnp.where(variance < -1e-6, jnp.nan, variance))
+from ddim_jax.checks import check_floating, check_same_shape
+from ddim_jax.numerics import expand_level, safe_sqrt, widen
+from ddim_jax.types import Data, Denoiser, Level, Prediction, Time
 
 
 def _signal_and_noise(alpha_bar: Level, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -171,24 +108,70 @@ def score_to_v(score: Data, x_t: Data, alpha_bar: Level) -> Data:
     return epsilon_to_v(score_to_epsilon(score, x_t, alpha_bar), x_t, alpha_bar)
 
 
-def clip_epsilon(
-    eps: Data, x_t: Data, alpha_bar: Level, low: float = -1.0, high: float = 1.0
-) -> Data:
-    """The noise that agrees with x0_hat clipped to [low, high]; eps itself where nothing is cut."""
-    x0 = epsilon_to_x0(eps, x_t, alpha_bar)
+def velocity(x0: Data, eps: Data, alpha_bar: Level) -> Data:
+    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, of x0's dtype: what a v-network learns."""
+    check_same_shape("eps", eps, x0)
+    signal, noise = _signal_and_noise(alpha_bar, x0)
+    return (signal * eps - noise * x0).astype(x0.dtype)
+
+
+def predict(eps_fn: Denoiser, x: Data, t: Time, alpha_bar: Level) -> Prediction:
+    """The pair that eps_fn predicts at x, whichever of its two answers it gives.
+
+    x and the pair are at least float32 for what follows, so that a step in bfloat16 rounds once.
+    Raises ValueError for another shape than x's.
+    """
+    return as_prediction(checked_answer(eps_fn, x, t), x, alpha_bar)
+
+
+def predict_noise(eps_fn: Denoiser, x: Data, t: Time) -> jax.Array:
+    """The noise alone that eps_fn predicts at x; see `predict`."""
+    answer = checked_answer(eps_fn, x, t)
+    return answer.eps if isinstance(answer, Prediction) else answer
+
+
+def as_prediction(eps: Data | Prediction, x_t: Data, alpha_bar: Level) -> Prediction:
+    """The pair itself, or the one that goes with eps at x_t (eq. 9), x0 in at least float32."""
+    check_floating("x_t", x_t)
+    if isinstance(eps, Prediction):
+        check_same_shape("eps.x0", eps.x0, x_t)
+        check_same_shape("eps.eps", eps.eps, x_t)
+        return eps
+    return Prediction(epsilon_to_x0(eps, widen(x_t), alpha_bar), eps)
+
+
+def clip_prediction(
+    prediction: Prediction, x_t: Data, alpha_bar: Level, low: Level = -1.0, high: Level = 1.0
+) -> Prediction:
+    """The pair with x0 clipped to [low, high] and eps re-derived; untouched where nothing is cut.
+
+    Bounds that are infinite, which may be traced, leave everything as it is.
+    """
+    x0, eps = prediction
+    # Not re-derived where nothing is cut: the division by sqrt(1 - ab) would only add rounding.
+    # Asked by the bounds, since a compiler may compute x0 twice and round it in two ways.
+    cut = (x0 < low) | (x0 > high)
     clipped = jnp.clip(x0, low, high)
-    # Not re-derived where nothing was cut: the division by sqrt(1 - ab) would only add rounding.
-    return jnp.where(clipped == x0, eps, x0_to_epsilon(clipped, x_t, alpha_bar)).astype(eps.dtype)
+    rederived = x0_to_epsilon(clipped, widen(x_t), alpha_bar)
+    return Prediction(clipped, jnp.where(cut, rederived, widen(eps)))
 
 
-def predict_noise(eps_fn: EpsFn, x: jax.Array, t: jax.Array) -> jax.Array:
-    """eps_fn(x, t), refused with a ValueError when its shape is not x's."""
-    eps = eps_fn(x, t)
-    if not isinstance(eps, jax.Array | np.ndarray):
-        raise ValueError(f"eps_fn must return an array; got {type(eps).__name__}.")
-    if jnp.shape(eps) != jnp.shape(x):
-        raise ValueError(
-            f"eps_fn must return an array of x's shape {jnp.shape(x)}; got {jnp.shape(eps)}. "
-            "A network that also predicts a variance has twice the channels: keep the first half."
-        )
-    return eps
+_ARRAYS = (jax.Array, np.ndarray, np.generic, float, int)
+
+
+def checked_answer(eps_fn: Denoiser, x: Data, t: Time) -> jax.Array | Prediction:
+    """eps_fn(x, t), refused with a ValueError when it is no array, or pair, of x's shape."""
+    answer = eps_fn(x, t)  # pyright: ignore[reportArgumentType]
+    arrays = answer if isinstance(answer, Prediction) else (answer,)
+    for array in arrays:
+        if not isinstance(array, _ARRAYS):
+            raise ValueError(
+                f"eps_fn must return an array or a Prediction of two; got {type(array).__name__}."
+            )
+        if jnp.shape(array) != jnp.shape(x):
+            raise ValueError(
+                f"eps_fn must return an array of x's shape {jnp.shape(x)}; got {jnp.shape(array)}. "
+                "A network that also predicts a variance has twice the channels: keep the first "
+                "half."
+            )
+    return answer

@@ -5,19 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddim_jax.predict import (
-    as_level,
-    check_floating,
-    check_same_shape,
-    expand_level,
-    noise_kept,
-    safe_sqrt,
-)
-from ddim_jax.schedule import Schedule
-from ddim_jax.types import Data, Index, Level
+from ddim_jax.checks import check_floating, check_same_shape
+from ddim_jax.numerics import as_level, expand_level, noise_kept, safe_sqrt
+from ddim_jax.types import Data, Level, NoiseSchedule, Time
 
 
-def add_noise(schedule: Schedule, x0: Data, eps: Data, t: Index) -> Data:
+def add_noise(schedule: NoiseSchedule, x0: Data, eps: Data, t: Time) -> Data:
     """Noisy data x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps.
 
     `t` is a scalar or has x0's leading axes, such as (B,) for a batch; t = -1 returns x0, an index

@@ -1,43 +1,34 @@
-"""Samplers and the scans that run them.
+"""Sampling methods, and the scans that run them.
 
-A `Sampler` is two pure functions; `sample` scans its step over a sub-sequence of time indices.
+A `Sampler` is two pure functions; `sample` scans its step over a sub-sequence of times.
 Nothing here is jitted: wrap the call in `jax.jit` together with your network. To add a sampler,
 write one function that returns a `Sampler`; solvers.py has three to copy from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
+from ddim_jax.checks import check_floating
 from ddim_jax.denoisers import check_not_clipped
 from ddim_jax.keys import check_keys, draw_noise, fold_in, typed_key
-from ddim_jax.predict import (
-    check_bounds,
-    check_floating,
-    clip_epsilon,
-    epsilon_to_x0,
-    predict_noise,
-)
-from ddim_jax.schedule import Schedule, check_timesteps
+from ddim_jax.predict import clip_prediction, predict, predict_noise
 from ddim_jax.steps import (
     Variance,
     check_eta,
     check_variance,
+    ddim_sigma,
+    ddim_sigma_hat,
     ddim_step,
-    ddim_step_clip_data,
-    ddpm_step,
     is_zero,
-    sigma_hat_step,
+    step_towards,
 )
-from ddim_jax.types import Data, EpsFn, Level, PRNGKey, is_traced
-
-Timesteps = Sequence[int] | Int[np.ndarray, "S"] | Int[Array, "S"]
+from ddim_jax.types import Data, Denoiser, Level, NoiseSchedule, Prediction, PRNGKey, Timesteps
 
 
 class SamplerState(NamedTuple):
@@ -49,13 +40,20 @@ class SamplerState(NamedTuple):
     """x0_hat of the step that led here (eq. 9), same shape; zeros before the first step."""
 
 
+def one_call_a_step(num_steps: int) -> int:
+    """Network calls of most samplers: as many as there are steps."""
+    return num_steps
+
+
 class Sampler(NamedTuple):
     """A sampling method. Its state is any pytree with fields `x` and `x0`, as in `SamplerState`."""
 
     init: Callable[[jax.Array], Any]
     """x_T -> state."""
     step: Callable[..., Any]
-    """(key, state, eps_fn, schedule, t, t_prev) -> state at t_prev; t_prev = -1 is clean data."""
+    """(key, state, eps_fn, schedule, t, t_prev) -> state at t_prev, which may be clean data."""
+    network_calls: Callable[[int], int] = one_call_a_step
+    """S -> how often the network is evaluated in S steps, the last of them to clean data."""
 
 
 def init_state(x_T: Data) -> SamplerState:
@@ -63,41 +61,27 @@ def init_state(x_T: Data) -> SamplerState:
     return SamplerState(x=x_T, x0=jnp.zeros_like(x_T))
 
 
-def ddim(eta: Level = 0.0, *, sigma_hat: bool | jax.Array = False) -> Sampler:
+def ddim(eta: Level = 0.0) -> Sampler:
     """DDIM with the paper's eta: 0 is deterministic, 1 is DDPM, between them the family of eq. 16.
 
-    `sigma_hat=True` takes the paper's sigma-hat steps instead (appendix D.3), whatever eta is. Both
-    may be traced, so one compiled program serves every row of the paper's Table 1.
-    Raises ValueError for a known eta below 0, and for a flag that is no scalar.
-    Source: Song et al. 2021, eq. 12 and 16.
+    eta may be traced, so that one compiled program serves every eta.
+    Raises ValueError for a known eta below 0. Source: Song et al. 2021, eq. 12 and 16.
     """
     check_eta(eta)
-    if jnp.ndim(sigma_hat) != 0:
-        raise ValueError(f"sigma_hat must be one flag; got shape {jnp.shape(sigma_hat)}.")
-    known_flag = not is_traced(sigma_hat)
-    never, always = known_flag and not sigma_hat, known_flag and bool(sigma_hat)
-    deterministic = never and is_zero(eta)
 
-    def step(key, state, eps_fn, schedule, t, t_prev):
-        ab, ab_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
-        eps = predict_noise(eps_fn, state.x, t)
-        noise = None if deterministic else draw_noise(key, state.x)
-        if always:
-            x, x0 = _sigma_hat(state.x, eps, ab, ab_prev, noise)
-        else:
-            x = ddim_step(state.x, eps, ab, ab_prev, eta=eta, noise=noise)
-            x0 = epsilon_to_x0(eps, state.x, ab)
-        if not known_flag:
-            x_hat, x0_hat = _sigma_hat(state.x, eps, ab, ab_prev, noise)
-            x, x0 = jnp.where(sigma_hat, x_hat, x), jnp.where(sigma_hat, x0_hat, x0)
-        return SamplerState(x, x0)
+    def stds(ab: Level, ab_prev: Level) -> tuple[Level, Level]:
+        sigma = ddim_sigma(ab, ab_prev, eta)
+        return sigma, sigma
 
-    return Sampler(init_state, step)
+    return _eq_12(stds, noisy=not is_zero(eta))
 
 
-def _sigma_hat(x, eps, ab, ab_prev, noise):
-    x0 = epsilon_to_x0(clip_epsilon(eps, x, ab), x, ab)
-    return sigma_hat_step(x, eps, ab, ab_prev, noise=noise), x0
+def sigma_hat() -> Sampler:
+    """The paper's sigma-hat rows: DDPM with its larger variance and x0_hat clamped to [-1, 1].
+
+    Source: Song et al. 2021, appendix D.3; the clamp is the published code's. See `sigma_hat_step`.
+    """
+    return _eq_12(_larger_stds, clips=True)
 
 
 def ddpm(variance: Variance = "fixed_small") -> Sampler:
@@ -106,36 +90,65 @@ def ddpm(variance: Variance = "fixed_small") -> Sampler:
     Ho et al. clip x0_hat to [-1, 1]; here that is a wrapper: `clip_x0(eps_fn, schedule)`.
     """
     check_variance(variance)
-
-    def step(key, state, eps_fn, schedule, t, t_prev):
-        ab, ab_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
-        eps = predict_noise(eps_fn, state.x, t)
-        noise = draw_noise(key, state.x)
-        x = ddpm_step(state.x, eps, ab, ab_prev, noise=noise, variance=variance)
-        return SamplerState(x, epsilon_to_x0(eps, state.x, ab))
-
-    return Sampler(init_state, step)
+    return ddim(1.0) if variance == "fixed_small" else _eq_12(_larger_stds)
 
 
-def ddim_clip_data(eta: Level = 0.0, *, low: float = -1.0, high: float = 1.0) -> Sampler:
-    """DDIM as diffusers runs it with `clip_sample`: x0_hat clipped, eps kept (not eq. 12)."""
+def ddim_or_sigma_hat(eta: Level, is_sigma_hat: Bool[Array, ""] | bool) -> Sampler:
+    """`sigma_hat()` where the flag is true, else `ddim(eta)`: both may be traced.
+
+    So that one compiled program, with the network in it once, serves every row of the paper's
+    Table 1: the flag selects two stds, and whether the prediction is clamped.
+    Raises ValueError for a known eta below 0, and for a flag that is no scalar.
+    """
     check_eta(eta)
-    check_bounds(low, high)
+    if jnp.ndim(is_sigma_hat) != 0:
+        raise ValueError(f"is_sigma_hat must be one flag; got shape {jnp.shape(is_sigma_hat)}.")
+
+    def stds(ab: Level, ab_prev: Level) -> tuple[Level, Level]:
+        sigma = ddim_sigma(ab, ab_prev, eta)
+        room, std = _larger_stds(ab, ab_prev)
+        return jnp.where(is_sigma_hat, room, sigma), jnp.where(is_sigma_hat, std, sigma)
+
+    return _eq_12(stds, clips=is_sigma_hat)
+
+
+def _larger_stds(ab: Level, ab_prev: Level) -> tuple[Level, Level]:
+    """What the mean leaves room for, which is DDPM's, and what is added, which is more."""
+    return ddim_sigma(ab, ab_prev, 1.0), ddim_sigma_hat(ab, ab_prev)
+
+
+def _eq_12(
+    stds: Callable[[Level, Level], tuple[Level, Level]],
+    *,
+    noisy: bool = True,
+    clips: Bool[Array, ""] | bool = False,
+) -> Sampler:
+    """A sampler of the paper's family: eq. 12 with the two stds of `step_towards`."""
 
     def step(key, state, eps_fn, schedule, t, t_prev):
-        ab, ab_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
-        eps = predict_noise(eps_fn, state.x, t)
-        noise = None if is_zero(eta) else draw_noise(key, state.x)
-        x = ddim_step_clip_data(state.x, eps, ab, ab_prev, eta=eta, noise=noise, low=low, high=high)
-        return SamplerState(x, jnp.clip(epsilon_to_x0(eps, state.x, ab), low, high))
+        x, ab, ab_prev = state.x, schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+        noise = draw_noise(key, x) if noisy else None
+        predicted = predict(eps_fn, x, t, ab)
+
+        def after(prediction: Prediction) -> SamplerState:
+            x_prev = step_towards(prediction, ab_prev, *stds(ab, ab_prev), noise)
+            return SamplerState(x_prev.astype(x.dtype), prediction.x0.astype(x.dtype))
+
+        if clips is False:
+            return after(predicted)
+        clamped = after(clip_prediction(predicted, x, ab))
+        if clips is True:
+            return clamped
+        # Of the two ends, not of the predictions: so an unclamped row keeps the bits of `ddim`.
+        return jax.tree.map(lambda a, b: jnp.where(clips, a, b), clamped, after(predicted))
 
     return Sampler(init_state, step)
 
 
 def sample(
     key: PRNGKey | None,
-    eps_fn: EpsFn,
-    schedule: Schedule,
+    eps_fn: Denoiser,
+    schedule: NoiseSchedule,
     x_T: Data,
     timesteps: Timesteps,
     sampler: Sampler = ddim(),  # noqa: B008 (immutable)
@@ -143,8 +156,9 @@ def sample(
     """x_0, from noise x_T ~ N(0, I) of any shape, in exactly len(timesteps) steps.
 
     `key` is one key; or one for each image, shape (B,), and then image i depends on key i alone,
-    whatever the batch; or None for a deterministic sampler. `timesteps` descends inside
-    [0, T - 1], such as `ddim_timesteps(1000, 50)`; the last step goes to clean data.
+    whatever the batch; or None for a deterministic sampler. `eps_fn` returns the noise it predicts,
+    or a `Prediction`. `timesteps` descends inside [0, T - 1], such as `ddim_timesteps(1000, 50)`;
+    the last step goes to clean data.
     Keeps no trajectory: memory does not grow with the number of steps.
     Raises ValueError for timesteps out of order or range, and for an `eps_fn` that changes shapes.
     """
@@ -154,8 +168,8 @@ def sample(
 
 def sample_trajectory(
     key: PRNGKey | None,
-    eps_fn: EpsFn,
-    schedule: Schedule,
+    eps_fn: Denoiser,
+    schedule: NoiseSchedule,
     x_T: Data,
     timesteps: Timesteps,
     sampler: Sampler = ddim(),  # noqa: B008 (immutable)
@@ -176,11 +190,11 @@ def _scan(key, eps_fn, schedule, x_T, timesteps, sampler, output):
             f"sampler must be a Sampler, such as ddim() returns; got {sampler!r}. Call it first."
         )
     check_floating("x_T", x_T)
-    timesteps = check_timesteps(timesteps, schedule.num_steps)
+    timesteps = schedule.check_timesteps(timesteps)
     if key is not None:
         key = typed_key(key)
         check_keys(key, x_T)
-    t_prev = jnp.append(timesteps[1:], -1)  # -1 is clean data
+    t_prev = jnp.append(timesteps[1:], schedule.clean)
 
     def body(state, inputs):
         i, t, t_prev = inputs
@@ -193,7 +207,7 @@ def _scan(key, eps_fn, schedule, x_T, timesteps, sampler, output):
     return jax.lax.scan(body, sampler.init(x_T), (steps, timesteps, t_prev))
 
 
-def encode(eps_fn: EpsFn, schedule: Schedule, x_0: Data, timesteps: Timesteps) -> Data:
+def encode(eps_fn: Denoiser, schedule: NoiseSchedule, x_0: Data, timesteps: Timesteps) -> Data:
     """x_T, the latent from which DDIM (eta = 0) over the same timesteps recovers x_0.
 
     Runs eq. 12 upwards in exactly len(timesteps) steps. The network is never evaluated at clean
@@ -203,11 +217,12 @@ def encode(eps_fn: EpsFn, schedule: Schedule, x_0: Data, timesteps: Timesteps) -
     """
     check_not_clipped(eps_fn)
     check_floating("x_0", x_0)
-    ascending = check_timesteps(timesteps, schedule.num_steps)[::-1]
-    t_from = jnp.append(-1, ascending[:-1])
+    ascending = schedule.check_timesteps(timesteps)[::-1]
+    t_from = jnp.append(schedule.clean, ascending[:-1])
 
     def body(x, inputs):
         t, t_next = inputs
+        # Of a pair eps alone: on the first step x is clean data, which is not where it was asked.
         eps = predict_noise(eps_fn, x, jnp.maximum(t, ascending[0]))
         return ddim_step(x, eps, schedule.alpha_bar(t), schedule.alpha_bar(t_next)), None
 

@@ -16,9 +16,9 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from ddim_jax.types import Index, is_traced
+from ddim_jax.types import Level, PRNGKey, Time, Timesteps, is_traced
 
 Spacing = Literal["uniform", "quadratic", "linspace", "trailing"]
 
@@ -30,13 +30,15 @@ Spacing = Literal["uniform", "quadratic", "linspace", "trailing"]
 )
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Noise schedule: q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I).
+    """Noise schedule over indices: q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I).
 
+    That -1 is clean data, and which indices there are, is known to its methods alone: other code
+    asks them, and so takes a schedule of any other kind (`NoiseSchedule`).
     A pytree, so it passes through jit, vmap and grad as an argument. Build one with
     `linear_schedule` and its siblings, which check their arguments.
     """
 
-    alphas_cumprod: Float[Array, "T"]  # strictly decreasing, inside (0, 1)
+    alphas_cumprod: Float[Array, "T"]  # strictly decreasing, inside (0, 1); the last may be 0
     noise_variances: Float[Array, "T"] | None = None
     """1 - alphas_cumprod, rounded by itself. None takes the difference of what is there: for tables
     that are learned, whose gradient must see one table, or given in float64."""
@@ -46,11 +48,16 @@ class Schedule:
         """T, the number of noise levels the network was trained on."""
         return self.alphas_cumprod.shape[0]
 
-    def alpha_bar(self, t: Index) -> Float[Array, "*index"]:
-        """Signal level at index t, in (0, 1]: 1 at t = -1 (clean data), NaN outside [-1, T - 1]."""
+    @property
+    def clean(self) -> int:
+        """-1, the index of clean data."""
+        return -1
+
+    def alpha_bar(self, t: Time, /) -> Float[Array, "*index"]:
+        """Signal level at index t, in [0, 1]: 1 at t = -1 (clean data), NaN outside [-1, T - 1]."""
         return _look_up(self.alphas_cumprod, t, clean=1.0)
 
-    def noise_variance(self, t: Index) -> Float[Array, "*index"]:
+    def noise_variance(self, t: Time, /) -> Float[Array, "*index"]:
         """1 - alpha_bar(t), exact to float32's last digit; 0 at t = -1, NaN outside [-1, T - 1].
 
         `1 - schedule.alpha_bar(0)` is off by 1.6e-4 of itself for the published schedule. No step
@@ -60,12 +67,44 @@ class Schedule:
             return 1 - self.alpha_bar(t)
         return _look_up(self.noise_variances, t, clean=0.0)
 
-    def log_snr(self, t: Index) -> Float[Array, "*index"]:
+    def log_snr(self, t: Time, /) -> Float[Array, "*index"]:
         """Log signal-to-noise ratio log(alpha_bar / (1 - alpha_bar)) at t; +inf at t = -1."""
         return jnp.log(self.alpha_bar(t)) - jnp.log(self.noise_variance(t))
 
+    def is_clean(self, t: Time, /) -> Bool[Array, "*index"]:
+        """Whether t is -1, clean data."""
+        return jnp.asarray(t) < 0
 
-def _look_up(table: Float[Array, "T"], t: Index, clean: float) -> Float[Array, "*index"]:
+    def nearest(self, log_snr: Level, /) -> Int[Array, "*level"]:
+        """The index in [0, T - 1] whose log SNR is nearest to the one given."""
+        alpha_bar = self.alphas_cumprod
+        log_noise_to_signal = jnp.log(jnp.sqrt((1 - alpha_bar) / alpha_bar))
+        finite = jnp.minimum(log_noise_to_signal, 80.0)  # the last level may be 0
+        index = jnp.interp(-jnp.asarray(log_snr) / 2, finite, jnp.arange(self.num_steps))
+        return jnp.round(index).astype(jnp.int32)
+
+    def timesteps(self, num_sample_steps: int, spacing: str = "uniform") -> Int[np.ndarray, "S"]:
+        """`ddim_timesteps` for this T."""
+        return ddim_timesteps(self.num_steps, num_sample_steps, spacing)  # pyright: ignore[reportArgumentType]
+
+    def check_timesteps(self, timesteps: Timesteps) -> Int[Array, "S"]:
+        """The indices as int32, checked: descending, inside [0, T - 1], not empty.
+
+        A repeated index is allowed. Values that are traced cannot be checked; an index outside the
+        schedule then gives NaN samples. Raises ValueError for anything else that breaks the rule.
+        """
+        return _check_indices(timesteps, self.num_steps)
+
+    def draw(self, key: PRNGKey, /, shape: tuple[int, ...] = ()) -> Int[Array, "..."]:
+        """Indices uniform over [0, T - 1]."""
+        return jax.random.randint(key, shape, 0, self.num_steps)
+
+    def mirror(self, t: Int[Array, "*index"], /) -> Int[Array, "*index"]:
+        """T - 1 - t."""
+        return self.num_steps - 1 - t
+
+
+def _look_up(table: Float[Array, "T"], t: Time, clean: float) -> Float[Array, "*index"]:
     """table[t], `clean` at -1, NaN where the table has no such index."""
     t = _as_index(t)
     # Plain indexing would clamp or wrap silently. A wrong index must show, but no right one: else
@@ -78,7 +117,7 @@ def _look_up(table: Float[Array, "T"], t: Index, clean: float) -> Float[Array, "
     return jnp.where(t == -1, jnp.full_like(value, clean), value)
 
 
-def _as_index(t: Index) -> Int[Array, "*index"]:
+def _as_index(t: Time) -> Int[Array, "*index"]:
     t = jnp.asarray(t)
     if not jnp.issubdtype(t.dtype, jnp.integer):
         raise ValueError(f"t must be integer indices into the schedule; got dtype {t.dtype}.")
@@ -153,6 +192,31 @@ def cosine_schedule(
     return schedule_from_betas(np.minimum(1 - level[1:] / level[:-1], max_beta))
 
 
+def zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """The schedule with alpha_bar(T - 1) = 0, pure noise, and its first level as it was.
+
+    sqrt(alpha_bar) is shifted and scaled in float64 on the host. The tables given are float32, and
+    the shift cancels digits: the result is right to about 1e-5 of itself near T - 1, to the last
+    digit near clean data. At T - 1 eps says nothing about x0: such a network predicts v or x0.
+    Raises ValueError for fewer than two steps, which cannot keep the first level and end at 0.
+    Source: Lin et al. 2023 (arXiv:2305.08891), algorithm 1.
+    """
+    if schedule.num_steps < 2:
+        raise ValueError(
+            "schedule must have at least 2 steps, the first to stay and the last to become pure "
+            f"noise; got {schedule.num_steps}."
+        )
+    levels = np.asarray(schedule.alphas_cumprod, np.float64)
+    noise = 1 - levels
+    if schedule.noise_variances is not None:
+        noise = np.asarray(schedule.noise_variances, np.float64)
+    root = np.sqrt(np.where(noise < levels, 1 - noise, levels))  # the smaller one is more exact
+    exact = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    levels, noise = np.append(levels[0], exact[1:]), np.append(noise[0], 1 - exact[1:])
+    dtype = schedule.alphas_cumprod.dtype
+    return Schedule(jnp.asarray(levels, dtype), jnp.asarray(noise, dtype))
+
+
 def _check_num_steps(num_steps: int) -> None:
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1; got {num_steps}.")
@@ -194,14 +258,7 @@ def ddim_timesteps(
     return ascending.astype(np.int32)[::-1].copy()
 
 
-def check_timesteps(
-    timesteps: Sequence[int] | np.ndarray | Int[Array, "S"], num_steps: int
-) -> Int[Array, "S"]:
-    """The given time indices as an int32 array, checked: descending, inside [0, T - 1], not empty.
-
-    A repeated index is allowed. Values that are traced cannot be checked; an index outside the
-    schedule then gives NaN samples. Raises ValueError for anything else that breaks the rule.
-    """
+def _check_indices(timesteps: Timesteps, num_steps: int) -> Int[Array, "S"]:
     indices = jnp.asarray(timesteps) if is_traced(timesteps) else np.asarray(timesteps)
     if indices.ndim != 1 or indices.size == 0 or not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(

@@ -1,21 +1,25 @@
 """Samplers that solve DDIM's ordinary differential equation with other methods than DDIM.
 
 Each is a `Sampler` for `sample`, deterministic (its key may be None). The names say what a step
-does in the coordinates of ode.py; each step is a DDIM step given a better eps or x0.
+does in the coordinates of ode.py; each step is a DDIM step given a better eps or x0. `SAMPLERS` is
+the table of all samplers, by the names that command lines and tables use.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ddim_jax.checks import look_up
+from ddim_jax.numerics import expand_level
 from ddim_jax.ode import from_ode_coordinates, noise_to_signal, to_ode_coordinates
-from ddim_jax.predict import epsilon_to_x0, expand_level, predict_noise, x0_to_epsilon
-from ddim_jax.samplers import Sampler, SamplerState, init_state
-from ddim_jax.steps import ddim_step
-from ddim_jax.types import Data
+from ddim_jax.predict import predict, predict_noise, x0_to_epsilon
+from ddim_jax.samplers import Sampler, SamplerState, ddim, ddpm, init_state, sigma_hat
+from ddim_jax.steps import check_eta, ddim_step, is_zero
+from ddim_jax.types import Data, Level, Prediction
 
 
 def heun() -> Sampler:
@@ -28,18 +32,19 @@ def heun() -> Sampler:
     def step(key, state, eps_fn, schedule, t, t_prev):
         del key
         ab, ab_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
-        eps = predict_noise(eps_fn, state.x, t)
-        euler = ddim_step(state.x, eps, ab, ab_prev)
+        here = predict(eps_fn, state.x, t, ab)
+        euler = ddim_step(state.x, here, ab, ab_prev)
 
         def corrected():
             eps_prev = predict_noise(eps_fn, euler, t_prev)
-            return ddim_step(state.x, (eps + eps_prev) / 2, ab, ab_prev)
+            return ddim_step(state.x, (here.eps + eps_prev) / 2, ab, ab_prev)
 
-        # A cond and not a where, so that the last step does not pay for a second call.
-        x = jax.lax.cond(t_prev < 0, lambda: euler, corrected)
-        return SamplerState(x, epsilon_to_x0(eps, state.x, ab))
+        # A cond and not a where, so that the last step does not pay for a second call. Where
+        # alpha_bar is 0, so far from the data that no slope is finite, DDIM's step is the limit.
+        x = jax.lax.cond(schedule.is_clean(t_prev) | (ab <= 0), lambda: euler, corrected)
+        return SamplerState(x, here.x0.astype(x.dtype))
 
-    return Sampler(init_state, step)
+    return Sampler(init_state, step, network_calls=lambda num_steps: 2 * num_steps - 1)
 
 
 class MultistepState(NamedTuple):
@@ -49,8 +54,8 @@ class MultistepState(NamedTuple):
     """The state x_t."""
     x0: jax.Array
     """x0_hat of the step that led here (eq. 9); zeros before the first step."""
-    t: jax.Array
-    """The index x0 was predicted at; -1 before the first step."""
+    log_snr: jax.Array
+    """Log SNR at which x0 was predicted; +inf before the first step."""
     slope: jax.Array
     """Change of x0_hat for each unit of log SNR, as last seen; zeros before two predictions."""
 
@@ -64,22 +69,26 @@ def dpm_solver_pp_2m() -> Sampler:
 
     def init(x_T: Data) -> MultistepState:
         zeros = jnp.zeros_like(x_T)
-        return MultistepState(x_T, zeros, jnp.asarray(-1, jnp.int32), zeros)
+        return MultistepState(x_T, zeros, jnp.asarray(jnp.inf, jnp.result_type(float)), zeros)
 
     def step(key, state, eps_fn, schedule, t, t_prev):
         del key
         ab, ab_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
-        x0 = epsilon_to_x0(predict_noise(eps_fn, state.x, t), state.x, ab)
+        x0 = predict(eps_fn, state.x, t, ab).x0.astype(state.x.dtype)
 
-        log_snr = schedule.log_snr(t)  # +inf at -1, clean data
-        done = log_snr - schedule.log_snr(state.t)
+        log_snr = schedule.log_snr(t)
+        done = log_snr - state.log_snr
         moved = done > 0  # not before the first step, nor at a repeated index
         slope = jnp.where(moved, (x0 - state.x0) / jnp.where(moved, done, 1.0), state.slope)
-        ahead = jnp.where(t_prev < 0, 0.0, schedule.log_snr(t_prev) - log_snr)
+        # To clean data, or from alpha_bar = 0, the way is infinitely long.
+        endless = schedule.is_clean(t_prev) | (ab <= 0)
+        ahead = jnp.where(endless, 0.0, schedule.log_snr(t_prev) - log_snr)
         midway_x0 = (x0 + ahead / 2 * slope).astype(x0.dtype)
 
-        x = ddim_step(state.x, x0_to_epsilon(midway_x0, state.x, ab), ab, ab_prev)
-        return MultistepState(x, x0, jnp.asarray(t, jnp.int32), slope.astype(x0.dtype))
+        midway = Prediction(midway_x0, x0_to_epsilon(midway_x0, state.x, ab))
+        x = ddim_step(state.x, midway, ab, ab_prev)
+        log_snr = log_snr.astype(state.log_snr.dtype)
+        return MultistepState(x, x0, log_snr, slope.astype(x0.dtype))
 
     return Sampler(init, step)
 
@@ -94,11 +103,37 @@ def probability_flow_euler() -> Sampler:
     def step(key, state, eps_fn, schedule, t, t_prev):
         del key
         ab = schedule.alpha_bar(t)
-        eps = predict_noise(eps_fn, state.x, t)
+        here = predict(eps_fn, state.x, t, ab)
         x_bar, s = to_ode_coordinates(state.x, ab)
         s_prev = noise_to_signal(schedule.alpha_bar(t_prev))
-        x_bar = x_bar + expand_level((s_prev**2 - s**2) / (2 * s), x_bar) * eps
+        x_bar = x_bar + expand_level((s_prev**2 - s**2) / (2 * s), x_bar) * here.eps
         x = from_ode_coordinates(x_bar, s_prev).astype(state.x.dtype)
-        return SamplerState(x, epsilon_to_x0(eps, state.x, ab))
+        return SamplerState(x, here.x0.astype(x.dtype))
 
     return Sampler(init_state, step)
+
+
+SAMPLERS: dict[str, Callable[[], Sampler]] = {
+    "ddim": ddim,
+    "sigma_hat": sigma_hat,
+    "ddpm": ddpm,
+    "ddpm_fixed_large": lambda: ddpm("fixed_large"),
+    "heun": heun,
+    "dpm_solver_pp_2m": dpm_solver_pp_2m,
+    "probability_flow_euler": probability_flow_euler,
+}
+"""Name -> sampler: what a command line or a table's row may say. A new one is an entry here."""
+
+
+def named_sampler(name: str, eta: Level = 0.0) -> Sampler:
+    """The sampler of that name; `eta` is ddim's own. ValueError for an unknown name, listing all.
+
+    Raises ValueError for an eta other than 0 with a sampler that has none.
+    """
+    check_eta(eta)
+    make = look_up("sampler", name, SAMPLERS)
+    if name == "ddim":
+        return ddim(eta)
+    if not is_zero(eta):
+        raise ValueError(f"eta must be left out for the sampler {name}, which has none; got {eta}.")
+    return make()

@@ -1,7 +1,8 @@
 """One reverse step: arrays in, arrays out, no schedule and no network.
 
 Every step is given the level it starts from and the level it goes to, and never guesses the second
-from the first: any sub-sequence, encoding and distillation then come for free.
+from the first: any sub-sequence, encoding and distillation then come for free. What the network
+predicted comes as eps, or as the pair `Prediction(x0, eps)`, which is used as it is.
 Source of all: Song, Meng, Ermon 2021 (arXiv:2010.02502), whose alpha is our alpha_bar.
 """
 
@@ -14,19 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ddim_jax.predict import (
-    as_level,
-    check_bounds,
-    check_floating,
-    check_same_shape,
-    clip_epsilon,
-    epsilon_to_x0,
-    expand_level,
-    noise_kept,
-    safe_sqrt,
-    widen,
-)
-from ddim_jax.types import Data, Level, is_traced
+from ddim_jax.checks import check_one_of, check_same_shape
+from ddim_jax.numerics import as_level, expand_level, noise_kept, safe_sqrt
+from ddim_jax.predict import as_prediction, clip_prediction
+from ddim_jax.types import Data, Level, Prediction, is_traced
 
 Variance = Literal["fixed_small", "fixed_large"]
 
@@ -34,7 +26,7 @@ Variance = Literal["fixed_small", "fixed_large"]
 def ddim_sigma(alpha_bar: Level, alpha_bar_prev: Level, eta: Level = 1.0) -> Float[Array, "*level"]:
     """Std of the noise one DDIM step adds, in data units (data in [-1, 1]).
 
-    Both levels lie in (0, 1]; stepping towards more noise (encoding) gives 0. NaN in, NaN out.
+    Both levels lie in [0, 1]; stepping towards more noise (encoding) gives 0. NaN in, NaN out.
     eta = 0 is DDIM, eta = 1 is DDPM with its smaller variance. Raises ValueError for eta < 0.
     Source: eq. 16.
     """
@@ -42,7 +34,7 @@ def ddim_sigma(alpha_bar: Level, alpha_bar_prev: Level, eta: Level = 1.0) -> Flo
     ab, ab_prev = as_level(alpha_bar), as_level(alpha_bar_prev)
     # Encoding's first step starts from clean data, where 1 - ab is 0: there the ratio is not used.
     noise = jnp.where(ab == 1, 1.0, 1 - ab)
-    return jnp.asarray(eta) * safe_sqrt((1 - ab_prev) / noise * (1 - ab / ab_prev))
+    return jnp.asarray(eta) * safe_sqrt((1 - ab_prev) / noise * (1 - _ratio(ab, ab_prev)))
 
 
 def ddim_sigma_hat(alpha_bar: Level, alpha_bar_prev: Level) -> Float[Array, "*level"]:
@@ -52,12 +44,18 @@ def ddim_sigma_hat(alpha_bar: Level, alpha_bar_prev: Level) -> Float[Array, "*le
     Source: appendix D.3; Ho et al. 2020, section 3.2 (beta_t).
     """
     ab, ab_prev = as_level(alpha_bar), as_level(alpha_bar_prev)
-    return jnp.where(ab_prev == 1, 0.0, safe_sqrt(1 - ab / ab_prev))
+    return jnp.where(ab_prev == 1, 0.0, safe_sqrt(1 - _ratio(ab, ab_prev)))
+
+
+def _ratio(ab: jax.Array, ab_prev: jax.Array) -> jax.Array:
+    """min(ab / ab_prev, 1), also where both are 0: no step towards more noise adds any."""
+    upwards = ab >= ab_prev
+    return jnp.where(upwards, 1.0, ab / jnp.where(upwards, 1.0, ab_prev))
 
 
 def ddim_step(
     x_t: Data,
-    eps: Data,
+    eps: Data | Prediction,
     alpha_bar: Level,
     alpha_bar_prev: Level,
     *,
@@ -68,43 +66,20 @@ def ddim_step(
 
         x_prev = sqrt(ab_prev) x0_hat + sqrt(1 - ab_prev - sigma^2) eps + sigma noise
 
-    `eps` is the predicted noise, `noise` standard normal; both have x_t's shape, any shape. Levels
-    lie in (0, 1] and may go either way (encoding: eta = 0). `eta` may be traced. An eta so large
-    that sigma^2 > 1 - ab_prev gives NaN.
+    `eps` is the predicted noise, or the pair of x0_hat and it; `noise` is standard normal. All have
+    x_t's shape, any shape. Levels lie in (0, 1], or in [0, 1] with a pair, and may go either way
+    (encoding: eta = 0). `eta` may be traced. An eta so large that sigma^2 > 1 - ab_prev gives NaN.
     Raises ValueError for eta < 0, and for an eta other than 0 without noise. Source: eq. 12.
     """
     sigma = ddim_sigma(alpha_bar, alpha_bar_prev, eta)
-    x0 = _predicted_x0(eps, x_t, alpha_bar)
+    prediction = as_prediction(eps, x_t, alpha_bar)
     _check_noise(eta, noise)
-    return _add(_towards(x0, eps, alpha_bar_prev, sigma), sigma, noise).astype(x_t.dtype)
-
-
-def ddim_step_clip_data(
-    x_t: Data,
-    eps: Data,
-    alpha_bar: Level,
-    alpha_bar_prev: Level,
-    *,
-    eta: Level = 0.0,
-    noise: Data | None = None,
-    low: float = -1.0,
-    high: float = 1.0,
-) -> Data:
-    """`ddim_step` with x0_hat clipped to [low, high] but eps kept: diffusers' `clip_sample`.
-
-    No longer eq. 12, since the two predictions disagree; offered to reproduce that tool's images.
-    To clip consistently, wrap the network in `clip_x0`, which re-derives eps.
-    """
-    check_bounds(low, high)
-    x0 = jnp.clip(_predicted_x0(eps, x_t, alpha_bar), low, high)
-    sigma = ddim_sigma(alpha_bar, alpha_bar_prev, eta)
-    _check_noise(eta, noise)
-    return _add(_towards(x0, eps, alpha_bar_prev, sigma), sigma, noise).astype(x_t.dtype)
+    return step_towards(prediction, alpha_bar_prev, sigma, sigma, noise).astype(x_t.dtype)
 
 
 def ddpm_step(
     x_t: Data,
-    eps: Data,
+    eps: Data | Prediction,
     alpha_bar: Level,
     alpha_bar_prev: Level,
     *,
@@ -120,39 +95,40 @@ def ddpm_step(
     check_variance(variance)
     small = ddim_sigma(alpha_bar, alpha_bar_prev, 1.0)
     std = small if variance == "fixed_small" else ddim_sigma_hat(alpha_bar, alpha_bar_prev)
-    x0 = _predicted_x0(eps, x_t, alpha_bar)
-    return _add(_towards(x0, eps, alpha_bar_prev, small), std, noise).astype(x_t.dtype)
+    prediction = as_prediction(eps, x_t, alpha_bar)
+    return step_towards(prediction, alpha_bar_prev, small, std, noise).astype(x_t.dtype)
 
 
 def sigma_hat_step(
-    x_t: Data, eps: Data, alpha_bar: Level, alpha_bar_prev: Level, *, noise: Data
+    x_t: Data, eps: Data | Prediction, alpha_bar: Level, alpha_bar_prev: Level, *, noise: Data
 ) -> Data:
     """x_prev, one step of the paper's sigma-hat rows: DDPM's larger variance, x0_hat in [-1, 1].
 
     Source: appendix D.3; the clamp, from which eps is re-derived, is the published code's.
     """
-    check_floating("x_t", x_t)
-    eps = clip_epsilon(widen(eps), widen(x_t), alpha_bar)
-    return ddpm_step(x_t, eps, alpha_bar, alpha_bar_prev, noise=noise, variance="fixed_large")
+    clipped = clip_prediction(as_prediction(eps, x_t, alpha_bar), x_t, alpha_bar)
+    return ddpm_step(x_t, clipped, alpha_bar, alpha_bar_prev, noise=noise, variance="fixed_large")
 
 
-def _predicted_x0(eps: Data, x_t: Data, alpha_bar: Level) -> jax.Array:
-    """Eq. 9 in at least float32, so that a step in bfloat16 rounds once."""
-    check_floating("x_t", x_t)
-    return epsilon_to_x0(eps, widen(x_t), alpha_bar)
+def step_towards(
+    prediction: Prediction,
+    alpha_bar_prev: Level,
+    sigma: Level,
+    noise_std: Level,
+    noise: Data | None,
+) -> jax.Array:
+    """Eq. 12 itself, in at least float32; without `noise`, its mean.
 
-
-def _towards(x0: Data, eps: Data, alpha_bar_prev: Level, sigma: Float[Array, "..."]) -> jax.Array:
-    """Eq. 12 without its noise."""
+    The mean leaves room for noise of std `sigma`, and noise of std `noise_std` is added. In the
+    paper's family the two are one; its sigma-hat, and DDPM's larger variance, add more.
+    """
+    x0, eps = prediction
     ab_prev, sigma = expand_level(alpha_bar_prev, x0), expand_level(sigma, x0)
-    return safe_sqrt(ab_prev) * x0 + noise_kept(ab_prev, sigma) * eps
-
-
-def _add(mean: jax.Array, std: Float[Array, "..."], noise: Data | None) -> jax.Array:
-    if noise is None:
-        return mean
-    check_same_shape("noise", noise, mean)
-    return mean + expand_level(std, mean) * noise
+    fresh = 0.0
+    if noise is not None:
+        check_same_shape("noise", noise, x0)
+        fresh = expand_level(noise_std, x0) * noise
+    return safe_sqrt(ab_prev) * x0 + noise_kept(ab_prev, sigma) * eps + fresh
 
 
 def _check_noise(eta: Level, noise: Data | None) -> None:
@@ -165,8 +141,7 @@ def _check_noise(eta: Level, noise: Data | None) -> None:
 
 def check_variance(variance: str) -> None:
     """Raise ValueError unless `variance` is one of DDPM's two."""
-    if variance not in get_args(Variance):
-        raise ValueError(f"variance must be one of {get_args(Variance)}; got {variance!r}.")
+    check_one_of("variance", variance, get_args(Variance))
 
 
 def is_zero(eta: Level) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+from ddim_jax.types import Time
 
 DDPM_INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 ZERO_INIT = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
@@ -53,7 +56,7 @@ class UNet(nn.Module):
     def __call__(
         self,
         x: Float[Array, "*batch H W C"],
-        t: Int[Array, "*times"] | int,
+        t: Time,
         label: Int[Array, "*labels"] | int | None = None,
         *,
         train: bool = False,
@@ -61,7 +64,8 @@ class UNet(nn.Module):
         """Predicted noise, of x's shape and dtype.
 
         `x` is (B, H, W, C) in about [-1, 1], or one image (H, W, C), so that `jax.vmap` over images
-        works. `t` and `label` are integer scalars, or (B,) when x has a batch. A label outside
+        works. `t` and `label` are integer scalars, or (B,) when x has a batch; `t` is a real number
+        where the schedule counts in those, of about the same range, 0 to 1000. A label outside
         [0, num_classes] gives NaN.
         """
         t, label = _check_inputs(self, x, t, label)
@@ -110,7 +114,7 @@ class UNet(nn.Module):
         h = conv3x3(self.image_channels, ZERO_INIT, name="conv_out")(h)
         return h.reshape(x.shape).astype(x.dtype)
 
-    def _embed(self, t: Int[Array, " N"], label: Int[Array, " M"] | None) -> Float[Array, "B E"]:
+    def _embed(self, t: Time, label: Int[Array, " M"] | None) -> Float[Array, "B E"]:
         """Time, and the class if there is one, as the vector every residual block reads."""
         dense = functools.partial(
             nn.Dense, 4 * self.channels, dtype=self.dtype, kernel_init=DDPM_INIT
@@ -172,7 +176,7 @@ class AttentionBlock(nn.Module):
         return x + dense(kernel_init=ZERO_INIT, name="proj_out")(h).reshape(x.shape)
 
 
-def timestep_embedding(t: Int[Array, " N"], width: int) -> Float[Array, "N E"]:
+def timestep_embedding(t: Time, width: int) -> Float[Array, "N E"]:
     """Sines, then cosines, of the index t at width // 2 frequencies from 1 down to 1e-4.
 
     The index enters as it is, not divided by T. An odd width is padded with a zero.
@@ -180,7 +184,7 @@ def timestep_embedding(t: Int[Array, " N"], width: int) -> Float[Array, "N E"]:
     """
     half = width // 2
     frequencies = np.exp(-math.log(10_000) * np.arange(half) / (half - 1))
-    angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
+    angles = jnp.asarray(t, jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
     embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, width % 2)))
 
@@ -286,17 +290,31 @@ def _check_inputs(net: UNet, x, t, label):
             "for 'no class'."
         )
     batch = x.shape[:-3]
-    t = _check_index("t", t, batch)
+    t = _check_index("t", t, batch, or_real=True)
     return t, None if label is None else _check_index("label", label, batch)
 
 
-def _check_index(name: str, index, batch: tuple[int, ...]) -> Int[Array, " N"]:
+def _check_index(name: str, index, batch: tuple[int, ...], *, or_real: bool = False) -> Array:
     index = jnp.asarray(index)
-    if not jnp.issubdtype(index.dtype, jnp.integer):
-        raise ValueError(f"{name} must be an integer index; got dtype {index.dtype}.")
+    real = or_real and jnp.issubdtype(index.dtype, jnp.floating)
+    if not real and not jnp.issubdtype(index.dtype, jnp.integer):
+        also = ", or a real time of a continuous schedule" if or_real else ""
+        raise ValueError(f"{name} must be an integer index{also}; got dtype {index.dtype}.")
     if index.shape not in ((), batch):
         raise ValueError(
             f"{name} must be a scalar{f' or have shape {batch}' if batch else ''}, "
             f"to go with x; got shape {index.shape}."
         )
     return index.reshape(-1)
+
+
+def parameter_shapes(model: UNet, image_shape: tuple[int, ...]) -> Any:
+    """Shapes and dtypes of the model's parameters for images (H, W, C), without computing any.
+
+    The height matters: it decides at which levels the attention blocks stand. A tree of
+    `jax.ShapeDtypeStruct`, as `model.init` returns it under "params".
+    """
+    image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    label = None if model.num_classes is None else index
+    return jax.eval_shape(model.init, jax.random.key(0), image, index, label)["params"]

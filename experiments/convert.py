@@ -14,22 +14,17 @@ import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-import cli
 import jax
 import tyro
-from presets import PRESETS, ROUNDING, ModelConfig, ScheduleConfig
-from workdir import (
-    Trained,
-    Weights,
-    checkpoints,
-    load_trained,
-    read_config,
-    weights_hash,
-    write_config,
-)
+from common import cli
+from presets import PRESETS
 
 from ddim_jax import convert
-from ddim_jax.convert.diffusers import BETA_SCHEDULES
+from ddim_jax.convert.diffusers_scheduler import BETA_SCHEDULES
+from ddim_jax.files import only_one_process
+from ddim_jax.hashing import content_hash
+from ddim_jax.runs import ModelConfig, Run, RunSpec, ScheduleConfig, Weights, load_trained
+from ddim_jax.runs.folder import checkpoints, write_config
 from ddim_jax.schedule import Spacing
 from ddim_jax.unet import UNet
 
@@ -80,10 +75,7 @@ def main(config: ConvertConfig) -> None:
 class _Loaded(NamedTuple):
     """A network with weights, as a file describes it."""
 
-    model: ModelConfig
-    image_shape: tuple[int, int, int]
-    schedule: ScheduleConfig
-    spacing: Spacing
+    spec: RunSpec
     params: Any
     origin: dict[str, str]
     """What goes into config.json about it."""
@@ -98,30 +90,27 @@ def _into_workdir(config: ConvertConfig) -> None:
     except (OSError, ImportError) as error:  # no such file, no network, an extra not installed
         raise ValueError(f"path {config.path} cannot be read: {error}") from error
 
-    name = "ema_params" if config.weights == "ema" else "params"
-    workdir = pathlib.Path(config.workdir)
-    settings = {
-        "model": dataclasses.asdict(loaded.model),
-        "schedule": dataclasses.asdict(loaded.schedule),
-        "spacing": config.spacing or loaded.spacing,
-        "image_shape": loaded.image_shape,
-        "rounding": ROUNDING,
-        "converted_from": {
-            "format": config.source,
-            "path": config.path,
-            **loaded.origin,
-            "weights": config.weights,
-            "weights_hash": weights_hash(loaded.params),
-        },
+    spec, workdir = loaded.spec, pathlib.Path(config.workdir).expanduser()
+    if config.spacing is not None:
+        spec = dataclasses.replace(spec, spacing=config.spacing)
+    digest = content_hash(loaded.params)[:16]
+    origin = {
+        "format": config.source,
+        "path": config.path,
+        **loaded.origin,
+        "weights": config.weights,
+        "weights_hash": digest,
     }
-    write_config(workdir, settings)
-    with checkpoints(workdir) as checkpointer:
-        checkpointer.save(0, {name: loaded.params})
+    name = "ema_params" if config.weights == "ema" else "params"
+    with only_one_process(workdir):
+        write_config(workdir, spec.describe() | {"converted_from": origin})
+        with checkpoints(workdir) as checkpointer:
+            checkpointer.save(0, {name: loaded.params})
     print(
         f"{loaded.origin['taken']}\nare the {config.weights} weights in {workdir}: "
-        f"{_count(loaded.params)} parameters, hash {weights_hash(loaded.params)}; images "
-        f"{loaded.image_shape}, {loaded.schedule.name} schedule of {loaded.schedule.num_steps} "
-        f"steps, {settings['spacing']} sub-sequence"
+        f"{_count(loaded.params)} parameters, hash {digest}; images {spec.image_shape}, "
+        f"{spec.schedule_config.name} schedule of {spec.schedule_config.num_steps} steps, "
+        f"{spec.spacing} sub-sequence, predicts {spec.predicts}"
     )
 
 
@@ -131,14 +120,14 @@ def _load_diffusers(path: str, config: ConvertConfig) -> _Loaded:
     if checkpoint.scheduler is None:
         taken += "; no scheduler_config.json beside them, so the schedule is DDPM's, by assumption"
     scheduler = checkpoint.scheduler or {}
-    return _Loaded(
-        model=_model_config(checkpoint.model),
+    spec = RunSpec(
+        model_config=_model_config(checkpoint.model),
+        schedule_config=_schedule_config(scheduler),
         image_shape=(size, size, checkpoint.model.image_channels),
-        schedule=_schedule_config(scheduler),
         spacing=SPACINGS.get(scheduler.get("timestep_spacing", "leading"), "uniform"),
-        params=checkpoint.params,
-        origin={"taken": taken},
+        predicts=convert.prediction_from_diffusers(scheduler),
     )
+    return _Loaded(spec, checkpoint.params, {"taken": taken})
 
 
 SPACINGS: dict[str, Spacing] = {
@@ -156,14 +145,8 @@ def _load_ddim(path: str, config: ConvertConfig) -> _Loaded:
     )
     with pathlib.Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return _Loaded(
-        model=preset.model,
-        image_shape=image_shape,
-        schedule=preset.schedule,
-        spacing=preset.spacing,
-        params=params,
-        origin={"preset": config.preset, "sha256": digest, "taken": taken},
-    )
+    spec = preset.spec(image_shape)
+    return _Loaded(spec, params, {"preset": config.preset, "sha256": digest, "taken": taken})
 
 
 def _model_config(model: UNet) -> ModelConfig:
@@ -185,6 +168,7 @@ def _schedule_config(scheduler: Mapping[str, Any]) -> ScheduleConfig:
         num_steps=scheduler.get("num_train_timesteps", defaults.num_steps),
         beta_start=scheduler.get("beta_start", defaults.beta_start),
         beta_end=scheduler.get("beta_end", defaults.beta_end),
+        zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
     )
 
 
@@ -194,42 +178,54 @@ def _out_of_workdir(config: ConvertConfig) -> None:
     out = pathlib.Path(config.out)
     if out.exists():
         raise ValueError(f"out must not exist, so that nothing is overwritten; {out} does.")
-    trained = load_trained(config.workdir, config.weights)
+    run = load_trained(config.workdir, config.weights)
+    if not run.spec.codec.is_identity:
+        raise ValueError(
+            "the model must be of pixels, since neither format holds a codec; "
+            f"{config.workdir} has the codec {type(run.spec.codec).__name__}."
+        )
     if config.target == "diffusers":
-        _save_diffusers(
-            out, trained, ScheduleConfig(**read_config(pathlib.Path(config.workdir))["schedule"])
-        )
+        _save_diffusers(out, run)
     else:
-        _save_ddim(out, trained)
+        _save_ddim(out, run)
     print(
-        f"{config.weights} weights of step {trained.step} of {config.workdir} are in {out}: "
-        f"{_count(trained.params)} parameters, hash {trained.weights_hash()}"
+        f"{config.weights} weights of step {run.step} of {config.workdir} are in {out}: "
+        f"{_count(run.params.network)} parameters, hash {run.weights_hash}"
     )
-    if trained.network.spacing != "uniform":
+    if run.spec.spacing != "uniform":
         print(
-            f"The sub-sequence {trained.network.spacing} is not in the file: to convert it back, "
-            f"give --spacing {trained.network.spacing}."
+            f"The sub-sequence {run.spec.spacing} is not in the file: to convert it back, "
+            f"give --spacing {run.spec.spacing}."
         )
 
 
-def _save_diffusers(out: pathlib.Path, trained: Trained, schedule: ScheduleConfig) -> None:
-    height, width, _ = trained.network.image_shape
+def _save_diffusers(out: pathlib.Path, run: Run) -> None:
+    spec = run.spec
+    height, width, _ = spec.image_shape
     if height != width:
         raise ValueError(f"images must be square for diffusers; the model's are {height}x{width}.")
+    schedule = spec.schedule_config
     convert.save_diffusers(
         out,
-        trained.network.model,
-        trained.params,
+        spec.model,
+        run.params.network,
         height,
-        schedule=schedule.name,
+        schedule=schedule.name,  # pyright: ignore[reportArgumentType]
         num_steps=schedule.num_steps,
         beta_start=schedule.beta_start,
         beta_end=schedule.beta_end,
+        prediction=spec.predicts,  # pyright: ignore[reportArgumentType]
+        zero_terminal_snr=schedule.zero_terminal_snr,
     )
 
 
-def _save_ddim(out: pathlib.Path, trained: Trained) -> None:
-    model = trained.network.model
+def _save_ddim(out: pathlib.Path, run: Run) -> None:
+    model = run.spec.model
+    if run.spec.predicts != "eps":
+        raise ValueError(
+            "the model must predict eps for the paper's code, which knows nothing else; "
+            f"this one predicts {run.spec.predicts}. --to diffusers holds it."
+        )
     if model.norm_groups != 32 or model.num_classes is not None:
         raise ValueError(
             "norm_groups must be 32 and num_classes None for the paper's code, which has no other "
@@ -239,7 +235,7 @@ def _save_ddim(out: pathlib.Path, trained: Trained) -> None:
         import torch
     except ImportError as error:
         raise ValueError("--to ddim needs torch: pip install 'ddim_jax[convert]'") from error
-    state_dict = convert.flax_to_paper(trained.params)
+    state_dict = convert.flax_to_paper(run.params.network)
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save({name: torch.tensor(array) for name, array in state_dict.items()}, out)
 

@@ -15,28 +15,29 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import cli
 import fid_sweep
-import generate
 import jax
 import jax.numpy as jnp
 import make_statistics
 import matplotlib
 import numpy as np
-import pictures
-import sweep_report
 import train
 import train_classifier
-from measures import CLASSIFIER_FILE
+from common import cli, pictures
+from common.measures import CLASSIFIER_FILE
+from common.sweep_store import read_results
+from common.sweep_table import markdown_section, protocol, row_of, rows_of, scores
 from presets import PRESETS
-from workdir import Trained, load_trained
 
-from ddim_jax.data import load_images, sequential_batches, to_model_range, to_uint8
+from ddim_jax.data.load import load_images
+from ddim_jax.data.pixels import to_model_range, to_uint8
+from ddim_jax.data.stream import sequential_batches
 from ddim_jax.keys import initial_noise
+from ddim_jax.metrics.features import FeatureName
 from ddim_jax.metrics.frechet import frechet_distance_from_features
-from ddim_jax.metrics.statistics import FeatureName
-from ddim_jax.samplers import ddim, sample_trajectory
-from ddim_jax.schedule import ddim_timesteps
+from ddim_jax.runs import DrawInputs, Run, draw_images, image_program, load_trained
+from ddim_jax.runs.options import check_limits, option
+from ddim_jax.samplers import ddim_or_sigma_hat, sample_trajectory
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,10 +46,11 @@ from matplotlib import ticker
 BATCH = 112
 PICTURE_BATCH = 8
 """Images drawn at once for the pictures, which show 8 or 64."""
-Drawer = Callable[[int, float, bool], np.ndarray]
+Drawer = Callable[[int, float], np.ndarray]
+"""(num_images, eta) -> uint8 images."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Train on handwritten digits, sample, compare."""
 
@@ -56,16 +58,17 @@ class DemoConfig:
     """Where the model, the pictures and the table go."""
     steps: tuple[int, ...] = (5, 10, 20, 50, 100)
     """Numbers of sampling steps S."""
-    num_samples: int = 448
+    num_samples: int = option(448, at_least=2)
     """Samples behind each number of the table."""
-    train_steps: int = 1200
+    train_steps: int = option(1200, at_least=1)
     """Updates of the training run."""
-    seed: int = 0
+    seed: int = option(0, at_least=0, below=2**32)
     """Of everything."""
 
 
 def main(config: DemoConfig) -> None:
     """Train, sample, measure, draw."""
+    check_limits(config)
     started = time.monotonic()
     out = pathlib.Path(config.out)
     recipe = dataclasses.replace(
@@ -74,7 +77,7 @@ def main(config: DemoConfig) -> None:
         max_steps=config.train_steps,
         seed=config.seed,
     )
-    train.run(recipe)
+    train.main(recipe)
     stats = [_statistics(out, features) for features in ("classifier", "pixels")]
     fid_sweep.main(
         fid_sweep.SweepConfig(
@@ -90,17 +93,21 @@ def main(config: DemoConfig) -> None:
         )
     )
 
-    trained = load_trained(recipe.workdir)
-    draw = {num_steps: _drawer(trained, num_steps, config.seed) for num_steps in config.steps}
+    _draw_everything(out, load_trained(recipe.workdir), config)
+    print(f"{time.monotonic() - started:.0f} s in all; see {out / 'README.md'}")
+
+
+def _draw_everything(out: pathlib.Path, run: Run, config: DemoConfig) -> None:
+    """The pictures, and the README that shows them."""
+    draw = {num_steps: _drawer(run, num_steps, config.seed) for num_steps in config.steps}
     real = np.concatenate([b["image"] for b in sequential_batches(load_images("digits"), 1024)])
     floor = _pixel_distance(real[::2], real[1::2])
-    lines = sweep_report.read_results(out / "sweep")
+    lines = read_results(out / "sweep")
     _plot_distances(out / "distance.png", lines, floor)
     _draw_real_beside_samples(out / "real_and_samples.png", real[:64], draw[max(config.steps)])
     _draw_consistency(out / "consistency.png", draw)
-    _draw_denoising(out / "denoising.png", trained, config)
+    _draw_denoising(out / "denoising.png", run, config.seed)
     (out / "README.md").write_text(_report(lines, floor))
-    print(f"{time.monotonic() - started:.0f} s in all; see {out / 'README.md'}")
 
 
 def _statistics(out: pathlib.Path, features: FeatureName) -> str:
@@ -109,22 +116,19 @@ def _statistics(out: pathlib.Path, features: FeatureName) -> str:
     if features == "classifier" and not (path.parent / CLASSIFIER_FILE).exists():
         settings = train_classifier.PRESETS["digits"][1]
         train_classifier.main(dataclasses.replace(settings, out=str(path.parent)))
-    make_statistics.main(make_statistics.StatisticsConfig("digits", str(path), features))
+    make_statistics.main(
+        make_statistics.StatisticsConfig(data="digits", out=str(path), features=features)
+    )
     return str(path)
 
 
-def _drawer(trained: Trained, num_steps: int, seed: int) -> Drawer:
-    """(num_images, eta, sigma_hat) -> uint8 images; one compiled program serves all methods."""
-    program = generate.image_program(
-        trained.network,
-        ddim_timesteps(trained.network.schedule.num_steps, num_steps),
-        lambda eta, sigma_hat: ddim(eta, sigma_hat=sigma_hat),
-    )
+def _drawer(run: Run, num_steps: int, seed: int) -> Drawer:
+    """Draws in so many steps; one compiled program serves every eta."""
+    program = image_program(run.spec, run.spec.timesteps(num_steps, "uniform"), ddim_or_sigma_hat)
 
-    def draw(num_images: int, eta: float, sigma_hat: bool) -> np.ndarray:
-        return generate.images(
-            program, trained.params, num_images, PICTURE_BATCH, seed, eta, sigma_hat
-        )
+    def draw(num_images: int, eta: float) -> np.ndarray:
+        inputs = DrawInputs(run.params, jax.random.key(seed), (eta, False))
+        return draw_images(program, inputs, num_images, PICTURE_BATCH)
 
     return draw
 
@@ -137,13 +141,13 @@ def _pixel_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def _plot_distances(path: pathlib.Path, lines: list[dict[str, Any]], floor: float) -> None:
     """Distance against S, one panel for each kind of feature."""
-    names = list(lines[0]["distances"])
+    names = scores(lines)
     figure, panels = plt.subplots(1, len(names), figsize=(9, 4), layout="constrained")
     for axes, name in zip(panels, names, strict=True):
-        for eta in dict.fromkeys(line["eta"] for line in lines):
-            cells = [line for line in lines if line["eta"] == eta]
-            steps, values = zip(*((x["S"], x["distances"][name]) for x in cells), strict=True)
-            axes.plot(steps, values, marker="o", label=sweep_report.method_name(eta))
+        for row, title in rows_of(lines).items():
+            cells = [line for line in lines if row_of(line) == row]
+            steps, values = zip(*((x["S"], x["values"][name]) for x in cells), strict=True)
+            axes.plot(steps, values, marker="o", label=title)
         axes.set(xscale="log", yscale="log", xlabel="sampling steps S", ylabel=name)
         axes.set_xticks(steps, [str(s) for s in steps])
         if name == "fd_pixels":
@@ -159,14 +163,14 @@ def _plot_distances(path: pathlib.Path, lines: list[dict[str, Any]], floor: floa
 
 def _draw_real_beside_samples(path: pathlib.Path, real: np.ndarray, draw: Drawer) -> None:
     """Real digits left, DDIM samples right."""
-    _save_side_by_side(path, pictures.tile(real, 8), pictures.tile(draw(64, 0.0, False), 8))
+    _save_side_by_side(path, pictures.tile(real, 8), pictures.tile(draw(64, 0.0), 8))
 
 
 def _draw_consistency(path: pathlib.Path, draw: dict[int, Drawer]) -> None:
     """Each row one x_T, each column one S: DDIM left, DDPM right (section 5.2)."""
     panels = []
     for eta in (0.0, 1.0):
-        rows = np.stack([drawer(8, eta, False) for drawer in draw.values()], axis=1)
+        rows = np.stack([drawer(8, eta) for drawer in draw.values()], axis=1)
         panels.append(pictures.tile(rows.reshape(-1, *rows.shape[2:]), len(draw)))
     _save_side_by_side(path, *panels)
 
@@ -175,16 +179,16 @@ def _save_side_by_side(path: pathlib.Path, left: np.ndarray, right: np.ndarray) 
     pictures.save_png(path, pictures.enlarge(pictures.beside(left, right), 560))
 
 
-def _draw_denoising(path, trained, config: DemoConfig) -> None:
+def _draw_denoising(path: pathlib.Path, run: Run, seed: int) -> None:
     """Rows in pairs: the state x_t, and x0_hat seen from it, at ten of 50 DDIM steps."""
-    network = trained.network
-    x_T, _ = initial_noise(jax.random.key(config.seed), jnp.arange(4), network.image_shape)
-    timesteps = ddim_timesteps(network.schedule.num_steps, 50)
+    spec = run.spec
+    x_T, _ = initial_noise(jax.random.key(seed), jnp.arange(4), spec.latent_shape)
+    timesteps = spec.timesteps(50, "uniform")
     states, x0s = jax.jit(
         lambda params, x_T: sample_trajectory(
-            None, network.eps_fn(params), network.schedule, x_T, timesteps
+            None, spec.denoiser(params), spec.schedule, x_T, timesteps
         )
-    )(trained.params, x_T)
+    )(run.params, x_T)
     shown = np.linspace(0, 49, 10).round().astype(int)
     # (states or predictions, step, image, ...) -> image, states or predictions, step
     both = np.asarray(to_uint8(jnp.stack([states[:-1][shown], x0s[shown]])))
@@ -195,13 +199,11 @@ def _draw_denoising(path, trained, config: DemoConfig) -> None:
 
 
 def _report(lines: list[dict[str, Any]], floor: float) -> str:
-    tables = "\n".join(
-        sweep_report.markdown_section(name, lines, {}) for name in lines[0]["distances"]
-    )
+    tables = "\n".join(markdown_section(name, lines, {}) for name in scores(lines))
     return f"""# DDIM on handwritten digits
 
 {tables}
-{sweep_report.protocol(lines)} By fd_pixels the two halves of the real digits are
+{protocol(lines)} By fd_pixels the two halves of the real digits are
 {floor:.3f} apart.
 
 ![distance against steps](distance.png)

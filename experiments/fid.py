@@ -1,6 +1,7 @@
-"""Frechet distance of a folder or .npz of images against statistics.
+"""Distance of a folder or .npz of images from statistics: FID, and other metrics by name.
 
 python experiments/fid.py out/samples/images --stats stats/cifar10.npz
+python experiments/fid.py out/samples/images --stats stats/cifar10.npz --metrics frechet kid
 """
 
 from __future__ import annotations
@@ -8,53 +9,54 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
-import cli
-import measures
 import tyro
+from common import cli
+from common.measures import Measure, MetricOptions, gather, open_measures
+from common.options import DataOptions
 
-from ddim_jax import data
-from ddim_jax.metrics.statistics import gather_moments
+from ddim_jax.data.load import load_images
+from ddim_jax.metrics.metric import Metric, State, column_name
+from ddim_jax.runs.options import check_limits, option
 
 
-@dataclasses.dataclass(frozen=True)
-class FidConfig:
-    """One set of images, one distance; called FID only with Inception features."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FidConfig(MetricOptions, DataOptions):
+    """One set of images, a line for each metric; called FID only with Inception features."""
 
     images: Annotated[str, tyro.conf.Positional]
     """A folder of images or a .npz of uint8 (N, H, W, C); the name of a data set works too."""
     stats: str
-    """What statistics.py wrote, or the .npz that pytorch-fid and TTUR publish."""
-    feature_weights: str | None = None
-    """The network's weights; if not given classifier.safetensors beside the statistics, or
-    Inception's published ones."""
-    image_size: int | None = None
-    """Resize and crop images to this side; without it all must have one size."""
-    split: str = "train"
-    """Which part of a data set."""
-    data_dir: str | None = None
-    """Where TFDS sets stand; its own default if not given."""
-    batch_size: int = 256
+    """What make_statistics.py wrote, or the .npz that pytorch-fid and TTUR publish."""
+    batch_size: int = option(256, at_least=1)
     """Images at once."""
 
 
 def main(config: FidConfig) -> None:
-    """Print the distance with its protocol."""
-    source = data.load_images(
+    """Print the numbers with their protocol."""
+    check_limits(config)
+    source = load_images(
         config.images, split=config.split, data_dir=config.data_dir, image_size=config.image_size
     )
-    (measure,) = measures.open_measures([config.stats], config.feature_weights, source.image_shape)
-    batch_size = measures.whole_batch_size(config.batch_size, len(source))
-    moments = gather_moments(
-        measures.on_all_devices(measure.network),
-        (batch["image"] for batch in data.sequential_batches(source, batch_size)),
+    (measure,) = open_measures([config.stats], config, source.image_shape)
+    states = gather(
+        measure.network, measure.metrics, source, config.batch_size, config.kept_features
     )
-    print(
-        f"{measure.name} {measure.distance(moments):.6g}: N = {len(source)} images of "
-        f"{config.images}, statistics {measure.statistics.content_hash[:12]}, network "
-        f"{measure.network.content_hash[:12]}"
-    )
-    if warning := measure.warning(len(source)):
-        print(f"warning: {warning}")
+    for metric in measure.metrics:
+        print(_line(measure, metric, states, f"N = {len(source)} images of {config.images}"))
+        if warning := measure.warning(metric, states):
+            print(f"warning: {warning}")
+
+
+def _line(measure: Measure, metric: Metric, states: dict[str, State], images: str) -> str:
+    """One metric's numbers, and what they depend on."""
+    numbers = measure.statistics.compute(metric, states)
+    columns = [column_name(number, measure.name) for number in metric.numbers]
+    values = ", ".join(f"{column} {numbers[column]:.6g}" for column in columns)
+    description = measure.describe(metric, states)
+    protocol = [images] if description in images else [images, description]
+    if statistics_hash := measure.statistics.reference_hash(metric):
+        protocol.append(f"statistics {statistics_hash[:12]}")
+    return f"{values}: {', '.join(protocol)}, network {measure.network.content_hash[:12]}"
 
 
 if __name__ == "__main__":

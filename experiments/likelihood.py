@@ -7,82 +7,69 @@ python experiments/likelihood.py --workdir runs/cifar10 --data cifar10 --num-ima
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
-import cli
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import panels
-import real
-from workdir import Network, Weights, load_trained
+from common import cli, figures, real
+from common.options import DrawOptions, ModelOptions, RealImageOptions
+from common.results import write_results
 
 from ddim_jax.bound import BoundTerms, fixed_large_sigmas, process_sigmas, variational_bound
-from ddim_jax.data import to_model_range
 from ddim_jax.keys import image_keys
-from ddim_jax.parallel import over_devices
-from ddim_jax.samplers import Timesteps
-from ddim_jax.schedule import Spacing, ddim_timesteps
+from ddim_jax.parallel import map_rows, over_devices
+from ddim_jax.runs import RunParams, RunSpec
+from ddim_jax.runs.options import check_limits, option
+from ddim_jax.schedule import Spacing
+from ddim_jax.types import Timesteps
+
+Stds: TypeAlias = tuple[jax.Array, jax.Array]
+"""Of each step, those of the process q and of the model p."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LikelihoodConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LikelihoodConfig(DrawOptions, RealImageOptions, ModelOptions):
     """The bound J_sigma of a split, for DDPM's two variances and for other eta."""
 
-    workdir: str
-    """The model: a folder that train.py or convert.py wrote."""
     out: str = "out/likelihood"
     """Where likelihood.png and results.json go."""
-    data: str | None = None
-    """digits, a TFDS name, a folder or a .npz file; the model's training data if not given."""
-    split: str = "test"
-    """Which part of the data to measure on."""
-    data_dir: str | None = None
-    """Where TFDS sets stand."""
-    num_images: int | None = 64
+    num_images: int | None = option(64, at_least=1)
     """The first so many images of the split; None for the whole split."""
     etas: tuple[float, ...] = (0.8, 0.5)
     """Processes beside fixed_small (eta = 1) and fixed_large; each must be above 0."""
-    num_sample_steps: int | None = None
+    num_sample_steps: int | None = option(None, at_least=1)
     """S, the number of steps; all of the trained schedule if not given."""
     spacing: Spacing = "uniform"
     """Sub-sequence of time indices; must not repeat one."""
-    seed: int = 0
+    seed: int = option(0, at_least=0, below=2**32)
     """Of the noise: image i's depends on (seed, i) alone."""
-    batch_size: int = 250
+    batch_size: int = option(250, at_least=1)
     """Images measured at once."""
-    weights: Weights = "ema"
-    """The averaged weights, or the raw ones."""
 
 
 def main(config: LikelihoodConfig) -> None:
     """Measure, print, plot."""
-    cli.check_at_least(config, batch_size=1)
-    trained = load_trained(config.workdir, config.weights)
-    network = trained.network
-    num_steps = config.num_sample_steps
-    if num_steps is None:
-        num_steps = network.schedule.num_steps
-    timesteps = ddim_timesteps(network.schedule.num_steps, num_steps, config.spacing)
-    small = process_sigmas(network.schedule, timesteps)
-    # name -> stds of the process q and of the model p
-    processes = {
-        "fixed_small (eta = 1)": (small, small),
-        "fixed_large": (small, fixed_large_sigmas(network.schedule, timesteps)),
-    }
-    for eta in config.etas:
-        sigma = process_sigmas(network.schedule, timesteps, eta)
-        processes[f"eta = {eta:g}"] = (sigma, sigma)
-    source = real.open_source(config.workdir, network, config.data, config.split, config.data_dir)
+    check_limits(config)
+    run = config.load()
+    spec = run.spec
+    if not spec.codec.is_identity:
+        raise ValueError(
+            "codec must be the identity, since the bound counts bits of 8-bit pixels and a codec "
+            f"stands between those and what the network sees; {config.workdir} has "
+            f"{type(spec.codec).__name__}. Give a model of pixels."
+        )
+    timesteps = spec.timesteps(config.num_sample_steps or spec.schedule.num_steps, config.spacing)
+    processes = _processes(spec, timesteps, config.etas)
+    source = real.open_source(config.workdir, spec, config.data, config.split, config.data_dir)
     images = real.first(source, config.num_images)
 
-    out = pathlib.Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    program = bound_program(network, timesteps, list(processes.values()), config.seed)
+    program = bound_program(spec, timesteps, list(processes.values()), config.seed)
     indices = np.arange(len(images.image))
-    terms = real.over_batches(program, trained.params, config.batch_size, *images, indices)
+    terms = map_rows(program, run.params, config.batch_size, *images, indices)
     rows = [_row(name, jax.tree.map(lambda a, i=i: a[:, i], terms)) for i, name in
             enumerate(processes)]  # fmt: skip
     if not all(np.isfinite(row["total"]) for row in rows):
@@ -93,38 +80,42 @@ def main(config: LikelihoodConfig) -> None:
     print(_table(rows))
     print(
         f"\nBits per dimension, mean over {len(indices)} images of {source.name}, split "
-        f"{config.split}, and standard error over images; S = {num_steps} {config.spacing}, "
-        f"{config.weights} weights of step {trained.step}, seed {config.seed}."
+        f"{config.split}, and standard error over images; S = {len(timesteps)} {config.spacing}, "
+        f"{config.weights} weights of step {run.step}, seed {config.seed}, run "
+        f"{run.fingerprint_id}."
     )
-    (out / "results.json").write_text(
-        json.dumps(
-            dataclasses.asdict(config) | {"timesteps": timesteps.tolist(), "rows": rows}, indent=2
-        )
-        + "\n"
-    )
+    out = pathlib.Path(config.out)
+    write_results(out, config, {"timesteps": timesteps.tolist(), "rows": rows}, run)
     _draw(out / "likelihood.png", rows, timesteps)
     print(f"see {out / 'likelihood.png'}")
 
 
+def _processes(spec: RunSpec, timesteps: Timesteps, etas: tuple[float, ...]) -> dict[str, Stds]:
+    """Name -> stds."""
+    small = process_sigmas(spec.schedule, timesteps)
+    processes = {
+        "fixed_small (eta = 1)": (small, small),
+        "fixed_large": (small, fixed_large_sigmas(spec.schedule, timesteps)),
+    }
+    for eta in etas:
+        sigma = process_sigmas(spec.schedule, timesteps, eta)
+        processes[f"eta = {eta:g}"] = (sigma, sigma)
+    return processes
+
+
 def bound_program(
-    network: Network, timesteps: Timesteps, sigmas: list[tuple[jax.Array, jax.Array]], seed: int
-):
+    spec: RunSpec, timesteps: Timesteps, sigmas: list[Stds], seed: int
+) -> Callable[..., Any]:
     """(params, uint8 images, labels, indices) -> BoundTerms with leading axes image, process."""
     of_process, of_model = (jnp.stack(stds) for stds in zip(*sigmas, strict=True))
 
-    def bound(params, image, label, index):
-        eps_fn = network.eps_fn(params, label)
+    def bound(params: RunParams, image, label, index):
+        eps_fn, x_0 = spec.denoiser(params, label), spec.encode(params, image)
         keys = image_keys(jax.random.key(seed), index)
         # x_t does not depend on sigma, so under vmap the network is evaluated once for all.
         terms = jax.vmap(
             lambda sigma, model_sigma: variational_bound(
-                keys,
-                eps_fn,
-                network.schedule,
-                to_model_range(image),
-                timesteps,
-                sigma,
-                model_sigma,
+                keys, eps_fn, spec.schedule, x_0, timesteps, sigma, model_sigma
             )
         )(of_process, of_model)
         return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), terms)
@@ -170,14 +161,14 @@ def _draw(path: pathlib.Path, rows: list[dict], timesteps: np.ndarray) -> None:
     for i, total in enumerate(bottom):
         left.text(total, i, f" {total:.2f}", va="center", fontsize=9)
     left.invert_yaxis()
-    left.set(xlabel="bits per dimension", xlim=(0, 1.15 * bottom.max()))
-    left.legend(fontsize=8)
+    left.set(xlabel="bits per dimension", xlim=(0, 1.25 * bottom.max()))
+    left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     for row in rows:
         right.plot(timesteps[:-1], row["each_step"], label=row["process"])
     right.set(xscale="log", yscale="log", xlabel="index t the step starts from")
     right.set_ylabel("KL of one step, bits per dimension")
     right.legend(fontsize=8)
-    panels.save(figure, path)
+    figures.save(figure, path)
 
 
 if __name__ == "__main__":

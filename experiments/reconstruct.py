@@ -7,23 +7,23 @@ python experiments/reconstruct.py --workdir runs/digits --steps 10 20 50 --fixed
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
-import cli
-import generate
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import panels
-import real
-from workdir import Network, Trained, Weights, load_trained
+from common import cli, figures, real
+from common.options import ModelOptions, RealImageOptions, SpacingOptions
+from common.results import write_results
 
-from ddim_jax.data import to_model_range
 from ddim_jax.inversion import encode_fixed_point
-from ddim_jax.parallel import over_devices
-from ddim_jax.samplers import Timesteps, encode, sample
-from ddim_jax.schedule import Spacing, check_timesteps, ddim_timesteps
+from ddim_jax.parallel import map_rows, over_devices
+from ddim_jax.runs import Run, RunParams, RunSpec, checked_images, to_pixels
+from ddim_jax.runs.options import check_limits, option
+from ddim_jax.samplers import encode, sample
+from ddim_jax.types import Timesteps
 
 PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 """Table 2: S -> error on the CIFAR-10 test set. Source: Song, Meng, Ermon 2021."""
@@ -31,107 +31,101 @@ PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.000
 NUM_SHOWN = 12
 
 
-@dataclasses.dataclass(frozen=True)
-class ReconstructConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReconstructConfig(SpacingOptions, RealImageOptions, ModelOptions):
     """How much of an image survives encoding and decoding, over numbers of steps."""
 
-    workdir: str
-    """The model: a folder that train.py or convert.py wrote."""
     out: str = "out/reconstruct"
     """Where reconstruct.png and results.json go."""
-    data: str | None = None
-    """digits, a TFDS name, a folder or a .npz file; the model's training data if not given."""
-    split: str = "test"
-    """Which part of the data to encode."""
-    data_dir: str | None = None
-    """Where TFDS sets stand."""
-    num_images: int = 16
+    num_images: int = option(16, at_least=1)
     """The first so many images of the split; the paper takes 10000."""
     steps: tuple[int, ...] = (10, 20, 50, 100, 200, 500, 1000)
     """Numbers of steps S; encoding takes as many as decoding."""
     timesteps: tuple[int, ...] = ()
     """One list of time indices of your own, descending, in place of `steps`."""
-    spacing: Spacing | None = None
-    """Sub-sequence of time indices; the model's own if not given."""
-    fixed_point_iterations: int | None = None
+    fixed_point_iterations: int | None = option(None, at_least=1)
     """Also encode each step implicitly, with so many network calls, and compare at equal calls."""
-    batch_size: int = 250
+    batch_size: int = option(250, at_least=1)
     """Images encoded at once."""
-    weights: Weights = "ema"
-    """The averaged weights, or the raw ones."""
 
 
 def main(config: ReconstructConfig) -> None:
     """Encode, decode, measure, draw."""
+    check_limits(config)
     iterations = config.fixed_point_iterations
-    cli.check_at_least(config, fixed_point_iterations=1, batch_size=1)
-    if not config.steps:
-        raise ValueError("steps must name at least one number of steps; got none.")
-    trained = load_trained(config.workdir, config.weights)
-    network = trained.network
-    spacing = config.spacing or network.spacing
-    num_levels = network.schedule.num_steps
-    if config.timesteps:
-        check_timesteps(config.timesteps, num_levels)
-        grids = {len(config.timesteps): np.asarray(config.timesteps)}
-    else:
-        grids = {s: ddim_timesteps(num_levels, s, spacing) for s in sorted(set(config.steps))}
-    source = real.open_source(config.workdir, network, config.data, config.split, config.data_dir)
+    run = config.load()
+    grids = _grids(run.spec, config)
+    source = real.open_source(config.workdir, run.spec, config.data, config.split, config.data_dir)
     images = real.first(source, config.num_images)
 
-    def run(timesteps: Timesteps, num_iterations: int | None = None):
-        program = reconstruction_program(network, timesteps, num_iterations)
-        error, *pictures = real.over_batches(program, trained.params, config.batch_size, *images)
-        return error, *map(generate.on_host, pictures)
+    def reconstruct(timesteps: Timesteps, num_iterations: int | None = None):
+        program = reconstruction_program(run.spec, timesteps, num_iterations)
+        error, *pictures = map_rows(program, run.params, config.batch_size, *images)
+        return error, *map(checked_images, pictures)
 
-    out = pathlib.Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     rows, decoded, latent = [], {}, None
     for num_steps, timesteps in grids.items():
-        errors, latent, decoded[num_steps] = run(timesteps)
+        errors, latent, decoded[num_steps] = reconstruct(timesteps)
         row = {"S": num_steps, "mse": float(errors.mean())}
         if iterations is not None:
-            row |= _implicit_row(run, timesteps, iterations, num_levels, spacing)
+            row |= _implicit_row(reconstruct, run.spec, timesteps, config)
         rows.append(row)
         print(f"S = {num_steps:4d}  error {row['mse']:.2e}", flush=True)
-    print(f"\n{_table(rows, iterations)}\n\n{_conditions(config, trained, spacing, source.name)}")
+    print(f"\n{_table(rows, iterations)}\n\n{_conditions(config, run, source.name)}")
 
-    (out / "results.json").write_text(
-        json.dumps(dataclasses.asdict(config) | {"rows": rows}, indent=2) + "\n"
-    )
+    out = pathlib.Path(config.out)
+    write_results(out, config, {"rows": rows}, run)
     _draw(out / "reconstruct.png", rows, images.image, latent, decoded)
     print(f"see {out / 'reconstruct.png'}")
 
 
+def _grids(spec: RunSpec, config: ReconstructConfig) -> dict[int, np.ndarray]:
+    """S -> the times of its steps."""
+    if config.timesteps:
+        return {len(config.timesteps): np.asarray(spec.schedule.check_timesteps(config.timesteps))}
+    if not config.steps:
+        raise ValueError("steps must name at least one number of steps; got none.")
+    return {s: spec.timesteps(s, config.spacing) for s in sorted(set(config.steps))}
+
+
 def reconstruction_program(
-    network: Network, timesteps: Timesteps, num_iterations: int | None = None
-):
+    spec: RunSpec, timesteps: Timesteps, num_iterations: int | None = None
+) -> Callable[..., Any]:
     """(params, uint8 images, labels) -> each image's error, its latent and its reconstruction.
 
-    The error is the mean squared difference of pixels on [0, 1], before any rounding or clipping;
-    latent and reconstruction are uint8, the latent at a third of its contrast.
+    The error is the mean squared difference of pixels on [0, 1], before any rounding or clipping,
+    to what the model's codec alone makes of the image; for a model of pixels that is the image.
+    Latent and reconstruction are uint8 images, the latent at a third of its contrast and decoded
+    by the codec too.
     """
 
-    def reconstruct(params, image, label):
-        eps_fn, schedule = network.eps_fn(params, label), network.schedule
-        x_0 = to_model_range(image)
+    def reconstruct(params: RunParams, image, label):
+        eps_fn, schedule = spec.denoiser(params, label), spec.schedule
+        x_0 = spec.encode(params, image)
         if num_iterations is None:
             x_T = encode(eps_fn, schedule, x_0, timesteps)
         else:
             x_T = encode_fixed_point(eps_fn, schedule, x_0, timesteps, num_iterations)
-        decoded = sample(None, eps_fn, schedule, x_T, timesteps)
-        error = jnp.mean(((decoded - x_0) / 2) ** 2, axis=(1, 2, 3))
-        return error, generate.to_pixels(x_T / 3), generate.to_pixels(decoded)
+        latent = spec.decode(params, x_T / 3)
+        decoded = spec.decode(params, sample(None, eps_fn, schedule, x_T, timesteps))
+        error = jnp.mean(((decoded - spec.decode(params, x_0)) / 2) ** 2, axis=(1, 2, 3))
+        return error, to_pixels(latent), to_pixels(decoded)
 
     return over_devices(reconstruct)
 
 
-def _implicit_row(run, timesteps, iterations: int, num_levels: int, spacing: Spacing):
+def _implicit_row(
+    reconstruct: Callable[..., Any],
+    spec: RunSpec,
+    timesteps: np.ndarray,
+    config: ReconstructConfig,
+) -> dict[str, float]:
     """The implicit error, and the plain one at as many network calls for encoding and decoding."""
+    iterations = config.fixed_point_iterations or 0
     calls = (iterations + 1) * len(timesteps)
-    plain_steps = min(calls // 2, num_levels)
-    implicit = run(timesteps, iterations)[0].mean()
-    plain = run(ddim_timesteps(num_levels, plain_steps, spacing))[0].mean()
+    plain_steps = min(calls // 2, spec.schedule.num_steps)
+    implicit = reconstruct(timesteps, iterations)[0].mean()
+    plain = reconstruct(spec.timesteps(plain_steps, config.spacing))[0].mean()
     return {
         "implicit_mse": float(implicit),
         "calls": calls,
@@ -158,11 +152,14 @@ def _table(rows, iterations: int | None) -> str:
     return "\n".join(lines)
 
 
-def _conditions(config: ReconstructConfig, trained: Trained, spacing: str, name: str) -> str:
+def _conditions(config: ReconstructConfig, run: Run, name: str) -> str:
+    spacing = config.spacing or run.spec.spacing
     grid = "given timesteps" if config.timesteps else f"{spacing} sub-sequence"
+    codec = "" if run.spec.codec.is_identity else ", to the codec's own reconstruction"
     return (
-        f"Mean squared error of pixels on [0, 1]; first {config.num_images} images of {name}, "
-        f"split {config.split}; {grid}, {config.weights} weights of step {trained.step}."
+        f"Mean squared error of pixels on [0, 1]{codec}; first {config.num_images} images of "
+        f"{name}, split {config.split}; {grid}, {config.weights} weights of step {run.step}, run "
+        f"{run.fingerprint_id}."
     )
 
 
@@ -174,8 +171,11 @@ def _draw(path: pathlib.Path, rows, images, latent, decoded) -> None:
     steps = list(decoded)
     some = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
     grid = np.stack([images, latent, *(decoded[s] for s in some)])[:, :NUM_SHOWN]
-    panels.show_images(
-        left, grid, rows=["original", f"latent, S = {steps[-1]}", *(f"S = {s}" for s in some)]
+    figures.show_images(
+        left,
+        grid,
+        rows=["original", f"latent, S = {steps[-1]}", *(f"S = {s}" for s in some)],
+        title="plain encoding in S steps, and decoding in as many",
     )
     right.plot(steps, [row["mse"] for row in rows], marker="o", label="plain encoding")
     if "implicit_mse" in rows[0]:
@@ -188,18 +188,13 @@ def _draw(path: pathlib.Path, rows, images, latent, decoded) -> None:
             label="plain, calls of the implicit one",
         )
     paper = {s: PAPER[s] for s in steps if s in PAPER}
-    right.plot(
-        paper.keys(),
-        paper.values(),
-        marker="s",
-        color="grey",
-        linestyle=":",
-        label="paper, CIFAR-10",
-    )
+    if paper:
+        look = {"marker": "s", "color": "grey", "linestyle": ":"}
+        right.plot(paper.keys(), paper.values(), label="paper, CIFAR-10", **look)
     right.set(yscale="log", ylabel="mean squared error on [0, 1]")
-    panels.count_axis(right, steps, "steps S to encode, and to decode")
+    figures.count_axis(right, steps, "steps S to encode, and to decode")
     right.legend(fontsize=8)
-    panels.save(figure, path)
+    figures.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -9,59 +9,43 @@ import dataclasses
 import pathlib
 import time
 
-import cli
-import generate
+import jax
 import numpy as np
-import pictures
-from workdir import Weights, load_trained
+from common import cli, pictures
+from common.options import DrawOptions, ModelOptions, SamplerOptions, StepsOptions
 
-from ddim_jax.schedule import Spacing, ddim_timesteps
+from ddim_jax.runs import DrawInputs, draw_images, image_program
+from ddim_jax.runs.options import check_limits, option
+from ddim_jax.samplers import Sampler
+from ddim_jax.solvers import named_sampler
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig(DrawOptions, SamplerOptions, StepsOptions, ModelOptions):
     """Images from one model with one setting of the sampler."""
 
-    workdir: str
-    """The model: a folder that train.py or convert.py wrote."""
     out: str
     """Where the images go: grid.png and one PNG for each image."""
-    num_images: int = 64
+    num_images: int = option(64, at_least=1)
     """How many images."""
-    num_sample_steps: int = 50
-    """S, the number of steps: one network evaluation each, but two for heun."""
-    sampler: generate.SamplerName = "ddim"
-    """The method; the last three solve DDIM's equation in other ways."""
-    eta: float = 0.0
-    """0 is DDIM, 1 is DDPM (eq. 16); for the sampler ddim."""
     sigma_hat: bool = False
-    """DDPM's larger variance instead (appendix D.3); for the sampler ddim."""
+    """The same as --sampler sigma_hat: DDPM's larger variance (appendix D.3)."""
     label: int | None = None
     """Draw this class only; a network with K classes draws i % K if not given."""
     guidance_scale: float = 1.0
     """Classifier-free guidance: above 1 sharpens the classes, at two network evaluations a step."""
-    spacing: Spacing | None = None
-    """Sub-sequence of time indices; the model's own if not given."""
-    seed: int = 0
-    """Image i depends on (seed, i) alone."""
-    batch_size: int = 256
-    """Images drawn at once."""
-    weights: Weights = "ema"
-    """The averaged weights, or the raw ones."""
     save_npz: bool = False
     """Also write samples.npz, uint8 (N, H, W, C) under "images"."""
 
 
 def main(config: SampleConfig) -> None:
     """Draw the images and write them."""
-    cli.check_at_least(config, num_images=1, batch_size=1)
-    sampler = generate.make_sampler(config.sampler, config.eta, config.sigma_hat)
-    trained = load_trained(config.workdir, config.weights)
-    network = trained.network
-    spacing = config.spacing or network.spacing
-    timesteps = ddim_timesteps(network.schedule.num_steps, config.num_sample_steps, spacing)
-    program = generate.image_program(
-        network,
+    check_limits(config)
+    rule, sampler = _sampler(config)
+    run = config.load()
+    timesteps = run.spec.timesteps(config.num_sample_steps, config.spacing)
+    program = image_program(
+        run.spec,
         timesteps,
         lambda: sampler,
         label=config.label,
@@ -70,9 +54,8 @@ def main(config: SampleConfig) -> None:
     out = pathlib.Path(config.out)
     _check_out(out, config.num_images)
     started = time.monotonic()
-    images = generate.images(
-        program, trained.params, config.num_images, config.batch_size, config.seed
-    )
+    inputs = DrawInputs(run.params, jax.random.key(config.seed))
+    images = draw_images(program, inputs, config.num_images, config.batch_size)
     seconds = time.monotonic() - started
 
     pictures.save_grid(out / "grid.png", images)
@@ -80,15 +63,25 @@ def main(config: SampleConfig) -> None:
         pictures.save_png(out / "images" / f"{i:05d}.png", image)
     if config.save_npz:
         np.savez(out / "samples.npz", images=images)
-    if config.sampler == "ddim":
-        rule = "sigma-hat" if config.sigma_hat else f"eta {config.eta:g}"
-    else:
-        rule = config.sampler
     print(
-        f"{len(images)} images in {out}: {config.weights} weights of step {trained.step}, "
-        f"S = {config.num_sample_steps} {spacing}, {rule}, seed {config.seed}, "
-        f"{seconds:.1f} s with compilation"
+        f"{len(images)} images in {out}: {config.weights} weights of step {run.step}, "
+        f"S = {config.num_sample_steps} {config.spacing or run.spec.spacing}, {rule}, "
+        f"seed {config.seed}, run {run.fingerprint_id}, {seconds:.1f} s with compilation"
     )
+
+
+def _sampler(config: SampleConfig) -> tuple[str, Sampler]:
+    """The sampler, and what to call it."""
+    name = config.sampler
+    if config.sigma_hat:
+        if name != "ddim" or config.eta != 0:
+            raise ValueError(
+                "sigma_hat must be left out beside a sampler or an eta, since it is a sampler of "
+                f"its own; got sampler {name}, eta {config.eta:g}."
+            )
+        name = "sigma_hat"
+    rule = f"eta {config.eta:g}" if name == "ddim" else name.replace("sigma_hat", "sigma-hat")
+    return rule, named_sampler(name, config.eta)
 
 
 def _check_out(out: pathlib.Path, num_images: int) -> None:

@@ -2,7 +2,7 @@
 
 python experiments/train_classifier.py digits --out classifier
 python experiments/train_classifier.py cifar10 --data-dir /data/tfds --out classifier
-python experiments/statistics.py digits --features classifier --out classifier/stats.npz
+python experiments/make_statistics.py digits --features classifier --out classifier/stats.npz
 
 Distances between its features are named fd_classifier, never FID.
 """
@@ -13,16 +13,19 @@ import dataclasses
 import functools
 import pathlib
 import time
+from typing import Any
 
-import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from measures import CLASSIFIER_FILE
+from common import cli
+from common.measures import CLASSIFIER_FILE
 
-from ddim_jax import data
+from ddim_jax.data.load import load_images
+from ddim_jax.data.source import ArraySource, ImageSource
+from ddim_jax.data.stream import batches, sequential_batches
 from ddim_jax.metrics.classifier import (
     Classifier,
     apply_classifier,
@@ -30,13 +33,14 @@ from ddim_jax.metrics.classifier import (
     init_classifier,
     save_classifier,
 )
+from ddim_jax.runs.options import check_limits, option
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
     """One classifier; every field is a command-line option."""
 
-    out: str = tyro.MISSING
+    out: str
     """The folder that gets classifier.safetensors."""
     data: str = "cifar10"
     """digits, a TFDS name, or another set with labels."""
@@ -46,36 +50,36 @@ class ClassifierConfig:
     """What it learns from. Of the digits all but the last 360, which "test" is."""
     test_split: str = "test"
     """What its accuracy is measured on."""
-    image_size: int | None = None
+    image_size: int | None = option(None, at_least=1)
     """Resize and crop images to this side."""
-    width: int = 32
+    width: int = option(32, at_least=1)
     """Channels at full size; the features are four times as many."""
-    num_steps: int = 5000
+    num_steps: int = option(5000, at_least=1)
     """Updates."""
-    batch_size: int = 128
+    batch_size: int = option(128, at_least=1)
     """Images in an update."""
-    learning_rate: float = 2e-3
+    learning_rate: float = option(2e-3, above=0, below=float("inf"))
     """Adam's rate at the start; a cosine takes it to 0."""
     flip: bool = True
     """Mirror images left to right at random."""
-    seed: int = 0
+    seed: int = option(0, at_least=0)
     """Of the weights and the order of the data."""
 
+
+CIFAR10 = ClassifierConfig(out=tyro.MISSING)
 
 PRESETS: dict[str, tuple[str, ClassifierConfig]] = {
     "digits": (
         "handwritten digits: seconds",
-        ClassifierConfig(data="digits", width=16, num_steps=300, flip=False),
+        dataclasses.replace(CIFAR10, data="digits", width=16, num_steps=300, flip=False),
     ),
-    "cifar10": ("CIFAR-10; --data takes any other set with labels", ClassifierConfig()),
+    "cifar10": ("CIFAR-10; --data takes any other set with labels", CIFAR10),
 }
 
 
 def main(config: ClassifierConfig) -> None:
     """Train, test, and write the weights."""
-    cli.check_at_least(config, width=1, num_steps=1, batch_size=1)
-    if not 0 < config.learning_rate < float("inf"):
-        raise ValueError(f"learning_rate must be above 0; got {config.learning_rate}.")
+    check_limits(config)
     train_set, test_set = _load(config)
     if train_set.num_classes is None:
         raise ValueError(
@@ -83,23 +87,10 @@ def main(config: ClassifierConfig) -> None:
             "with --features inception or pixels."
         )
     model = Classifier(train_set.num_classes, config.width)
-    tx = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.num_steps))
-    params = init_classifier(jax.random.key(config.seed), model, train_set.image_shape)
-    update = jax.jit(functools.partial(_update, model, tx, config.flip), donate_argnums=(0, 1))
-
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)  # a path that cannot be written is refused now
     started = time.monotonic()
-    opt_state = tx.init(params)
-    batches = data.batches(train_set, config.batch_size, seed=config.seed)
-    for step in range(config.num_steps):
-        batch = next(batches)
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        params, opt_state, loss = update(params, opt_state, key, batch["image"], batch["label"])
-        if (step + 1) % max(1, config.num_steps // 10) == 0:
-            if not np.isfinite(loss):
-                raise FloatingPointError(f"the loss of step {step + 1} is {loss}.")
-            print(f"step {step + 1} of {config.num_steps}: loss {float(loss):.4f}", flush=True)
+    params = _train(config, model, train_set)
     seconds = time.monotonic() - started
     accuracy = _accuracy(model, params, test_set)
 
@@ -112,12 +103,30 @@ def main(config: ClassifierConfig) -> None:
     )
 
 
-def _load(config: ClassifierConfig) -> tuple[data.ImageSource, data.ImageSource]:
+def _train(config: ClassifierConfig, model: Classifier, train_set: ImageSource) -> Any:
+    """The weights after the last update."""
+    tx = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.num_steps))
+    params = init_classifier(jax.random.key(config.seed), model, train_set.image_shape)
+    update = jax.jit(functools.partial(_update, model, tx, config.flip), donate_argnums=(0, 1))
+    opt_state = tx.init(params)
+    stream = batches(train_set, config.batch_size, seed=config.seed)
+    for step in range(config.num_steps):
+        batch = next(stream)
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        params, opt_state, loss = update(params, opt_state, key, batch["image"], batch["label"])
+        if (step + 1) % max(1, config.num_steps // 10) == 0:
+            if not np.isfinite(loss):
+                raise FloatingPointError(f"the loss of step {step + 1} is {loss}.")
+            print(f"step {step + 1} of {config.num_steps}: loss {float(loss):.4f}", flush=True)
+    return params
+
+
+def _load(config: ClassifierConfig) -> tuple[ImageSource, ImageSource]:
     load = functools.partial(
-        data.load_images, config.data, data_dir=config.data_dir, image_size=config.image_size
+        load_images, config.data, data_dir=config.data_dir, image_size=config.image_size
     )
     train_set, test_set = load(split=config.train_split), load(split=config.test_split)
-    if config.data == "digits" and isinstance(train_set, data.ArraySource):
+    if config.data == "digits" and isinstance(train_set, ArraySource):
         # The digits' "train" is all of them; accuracy on images learnt by heart would mean nothing.
         kept = train_set.take(np.arange(len(train_set) - len(test_set)))
         train_set = dataclasses.replace(train_set, images=kept["image"], labels=kept["label"])
@@ -135,11 +144,11 @@ def _update(model, tx, flip, params, opt_state, key, images, labels):
     return optax.apply_updates(params, updates), opt_state, loss
 
 
-def _accuracy(model: Classifier, params, source: data.ImageSource) -> float:
+def _accuracy(model: Classifier, params, source: ImageSource) -> float:
     classes = jax.jit(lambda images: apply_classifier(model, params, images).logits.argmax(axis=-1))
     right = sum(
         int((np.asarray(classes(batch["image"])) == batch["label"]).sum())
-        for batch in data.sequential_batches(source, 500)
+        for batch in sequential_batches(source, 500)
     )
     return right / len(source)
 

@@ -1,5 +1,7 @@
 """How an image comes about: the states x_t, the predictions x0_hat, and an animation of both.
 
+A model of latents shows both as its codec decodes them.
+
 python experiments/trajectory.py --workdir runs/digits
 """
 
@@ -8,86 +10,72 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-import cli
-import generate
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-import panels
-import pictures
-import real
-from workdir import Trained, Weights, load_trained
+from common import cli, figures, pictures
+from common.options import DrawOptions, ModelOptions, SamplerOptions, StepsOptions
+from jaxtyping import UInt8
 
 from ddim_jax.keys import initial_noise
-from ddim_jax.parallel import over_devices
-from ddim_jax.samplers import sample_trajectory
-from ddim_jax.schedule import Spacing, ddim_timesteps
+from ddim_jax.parallel import map_rows, over_devices
+from ddim_jax.runs import Run, RunParams, checked_images, to_pixels
+from ddim_jax.runs.options import check_limits, option
+from ddim_jax.samplers import Sampler, sample_trajectory
+from ddim_jax.solvers import named_sampler
 
 MAX_FRAMES = 50
 
 
-@dataclasses.dataclass(frozen=True)
-class TrajectoryConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrajectoryConfig(DrawOptions, SamplerOptions, StepsOptions, ModelOptions):
     """Every state and prediction on the way from noise to a few images."""
 
-    workdir: str
-    """The model: a folder that train.py or convert.py wrote."""
     out: str = "out/trajectory"
     """Where trajectory.png and trajectory.gif go."""
-    num_images: int = 9
+    num_images: int = option(9, at_least=1)
     """Images in the animation; the strips show the first three."""
-    num_sample_steps: int = 50
-    """S, the number of steps."""
-    num_columns: int = 11
+    num_columns: int = option(11, at_least=2)
     """States on a strip, both ends included."""
-    sampler: generate.SamplerName = "ddim"
-    """The method."""
-    eta: float = 0.0
-    """0 is DDIM, 1 is DDPM (eq. 16); for the sampler ddim."""
-    spacing: Spacing | None = None
-    """Sub-sequence of time indices; the model's own if not given."""
-    seed: int = 0
-    """Image i depends on (seed, i) alone."""
-    frame_ms: int = 80
+    frame_ms: int = option(80, at_least=1)
     """Time of each frame of the animation."""
-    weights: Weights = "ema"
-    """The averaged weights, or the raw ones."""
 
 
 def main(config: TrajectoryConfig) -> None:
     """Sample with every state kept, draw."""
-    cli.check_at_least(config, num_images=1, num_columns=2, frame_ms=1)
-    sampler = generate.make_sampler(config.sampler, config.eta)
-    trained = load_trained(config.workdir, config.weights)
-    network = trained.network
-    timesteps = ddim_timesteps(
-        network.schedule.num_steps, config.num_sample_steps, config.spacing or network.spacing
-    )
-    states, x0s = _trajectories(trained, timesteps, sampler, config)
+    check_limits(config)
+    sampler = named_sampler(config.sampler, config.eta)
+    run = config.load()
+    timesteps = run.spec.timesteps(config.num_sample_steps, config.spacing)
+    states, x0s = _trajectories(run, timesteps, sampler, config)
     out = pathlib.Path(config.out)
     _draw(out / "trajectory.png", states, x0s, timesteps, config.num_columns)
     pictures.save_gif(out / "trajectory.gif", _frames(states, x0s), config.frame_ms)
     half_way = _distance_to_end(x0s)[len(timesteps) // 2]
     print(
         f"x0_hat after half of the {len(timesteps)} steps is {half_way:.3f} from the image (root "
-        f"mean square on [0, 1]); see {out / 'trajectory.png'} and {out / 'trajectory.gif'}"
+        f"mean square on [0, 1]); run {run.fingerprint_id}, see {out / 'trajectory.png'} and "
+        f"{out / 'trajectory.gif'}"
     )
 
 
-def _trajectories(trained: Trained, timesteps, sampler, config: TrajectoryConfig):
-    """uint8 states (N, S + 1, H, W, C) and predictions (N, S, H, W, C)."""
-    network = trained.network
+def _trajectories(
+    run: Run, timesteps: np.ndarray, sampler: Sampler, config: TrajectoryConfig
+) -> tuple[UInt8[np.ndarray, "N states H W C"], UInt8[np.ndarray, "N steps H W C"]]:
+    """S + 1 states and S predictions of each image, as the model's codec decodes them."""
+    spec = run.spec
 
-    def program(params, indices):
-        x_T, keys = initial_noise(jax.random.key(config.seed), indices, network.image_shape)
-        label = indices % (network.model.num_classes or 1)
-        eps_fn = network.eps_fn(params, label)
-        both = sample_trajectory(keys, eps_fn, network.schedule, x_T, timesteps, sampler)
-        return tuple(generate.to_pixels(x.swapaxes(0, 1)) for x in both)
+    def program(params: RunParams, indices):
+        x_T, keys = initial_noise(jax.random.key(config.seed), indices, spec.latent_shape)
+        eps_fn = spec.denoiser(params, indices % (spec.num_classes or 1))
+        both = sample_trajectory(keys, eps_fn, spec.schedule, x_T, timesteps, sampler)
+        # One time after the other: all at once would outgrow what sampling needs.
+        images = (jax.lax.map(lambda x: spec.decode(params, x), xs) for xs in both)
+        return tuple(to_pixels(x.swapaxes(0, 1)) for x in images)
 
     indices = np.arange(config.num_images)
-    both = real.over_batches(over_devices(program), trained.params, len(indices), indices)
-    return tuple(map(generate.on_host, both))
+    states, x0s = map_rows(over_devices(program), run.params, config.batch_size, indices)
+    return checked_images(states), checked_images(x0s)
 
 
 def _distance_to_end(x0s) -> np.ndarray:
@@ -118,7 +106,7 @@ def _draw(path: pathlib.Path, states, x0s, timesteps, num_columns: int) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 3.6), width_ratios=(1.6, 1), layout="constrained"
     )
-    panels.show_images(
+    figures.show_images(
         left,
         np.stack(pairs),
         rows=["x_t", "x0_hat"] * (len(pairs) // 2),
@@ -128,7 +116,7 @@ def _draw(path: pathlib.Path, states, x0s, timesteps, num_columns: int) -> None:
     right.plot(np.arange(1, num_steps + 1), _distance_to_end(x0s))
     right.set(xlabel="steps done", ylabel="distance of x0_hat to the image", ylim=(0, None))
     right.set_title("preview: how soon the image is decided", fontsize=10)
-    panels.save(figure, path)
+    figures.save(figure, path)
 
 
 if __name__ == "__main__":

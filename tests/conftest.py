@@ -17,7 +17,8 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 SHARED = pathlib.Path(os.environ.get("DDIM_JAX_SHARED", ROOT.parent / "shared"))
-sys.path.insert(0, str(ROOT / "experiments"))  # the scripts import each other as when run
+# The scripts import each other as when run.
+sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "experiments" / "benchmarks")]
 
 
 def _shared(name: str) -> pathlib.Path:

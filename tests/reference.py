@@ -166,22 +166,34 @@ def gaussian_eps(x, ab, mean, cov):
     return math.sqrt(1 - ab) * np.linalg.solve(cov_t, (x - math.sqrt(ab) * mean).T).T
 
 
+def gaussian_x0(x, ab, mean, cov):
+    """E[x_0 | x_t] for data N(mean, cov), whose conditional mean is that of a linear regression."""
+    cov_t = ab * np.asarray(cov) + (1 - ab) * np.eye(len(mean))
+    gain = np.linalg.solve(cov_t, math.sqrt(ab) * np.asarray(cov)).T
+    return mean + (x - math.sqrt(ab) * mean) @ gain.T
+
+
 def gaussian_output(mean, cov, table, timesteps, eta):
     """Mean and covariance of x_0 when x_T ~ N(0, I) goes down `timesteps` for data N(mean, cov).
 
-    The optimal network is affine in x, so each step is x_prev = A x + b + sigma z.
+    The optimal network is affine in x, so each step is x_prev = A x + b + sigma z. Of eq. 12 both
+    predictions are taken, so that the first level may be 0.
     """
     identity = np.eye(len(mean))
     m, C = np.zeros(len(mean)), identity
     for t, t_prev in transitions(timesteps):
         ab, ab_prev = level(table, t), level(table, t_prev)
 
-        def step(x, ab=ab, ab_prev=ab_prev):
-            return ddim_step(x, gaussian_eps(x, ab, mean, cov), ab, ab_prev, eta)
+        sigma = ddim_sigma(ab, ab_prev, eta)
+
+        def step(x, ab=ab, ab_prev=ab_prev, sigma=sigma):
+            room = max(1 - ab_prev - sigma**2, 0.0)
+            direction = math.sqrt(room) * gaussian_eps(x, ab, mean, cov)
+            return math.sqrt(ab_prev) * gaussian_x0(x, ab, mean, cov) + direction
 
         b = step(np.zeros((1, len(mean))))[0]
         A = (step(identity) - b).T
-        m, C = A @ m + b, A @ C @ A.T + ddim_sigma(ab, ab_prev, eta) ** 2 * identity
+        m, C = A @ m + b, A @ C @ A.T + sigma**2 * identity
     return m, C
 
 
@@ -196,6 +208,12 @@ def gaussian_flow(x, ab, mean, cov):
     s_squared = (1 - ab) / ab
     scale = (vectors * np.sqrt(values / (values + s_squared))) @ vectors.T
     return mean + (np.asarray(x, np.float64) / math.sqrt(ab) - mean) @ scale
+
+
+def gaussian_flow_from_noise(x, mean, cov):
+    """`gaussian_flow` from level 0, its limit: there x_bar and s are infinite, their ratio is x."""
+    values, vectors = np.linalg.eigh(cov)
+    return mean + np.asarray(x, np.float64) @ ((vectors * np.sqrt(values)) @ vectors.T)
 
 
 def finite_eps(x, ab, data):

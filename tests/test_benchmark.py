@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("tyro")
 
 import benchmark
-from presets import ModelConfig
 from refusals import refused
+
+from ddim_jax.runs import ModelConfig
 
 SMALL = ModelConfig(
     channels=8, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), norm_groups=4

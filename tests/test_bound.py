@@ -254,6 +254,25 @@ def test_never_below_the_entropy_and_near_it_in_all_steps():
     np.testing.assert_allclose(every, 0.25 + decoder, atol=0.01)
 
 
+@pytest.mark.parametrize("network", [golden_eps, gaussian_eps(0.4)], ids=["golden", "optimal"])
+@pytest.mark.parametrize("target", ["v", "x0"])
+def test_a_network_that_predicts_something_else_has_the_same_terms(target, network):
+    """At every index, from either half of its pair."""
+    x0, sigma = images(0, (2, 4, 4, 1)), process_sigmas(SCHEDULE, ALL)
+    convert = getattr(dj, f"epsilon_to_{target}")
+    wrap = getattr(dj, f"from_{target}")
+    denoiser = wrap(lambda x, t: convert(network(x, t), x, SCHEDULE.alpha_bar(t)), SCHEDULE)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def terms(network):
+        return variational_bound(jax.random.key(0), network, SCHEDULE, x0, ALL, sigma)
+
+    got, want = terms(denoiser), terms(network)
+    np.testing.assert_allclose(got.steps, want.steps, rtol=1e-4)
+    np.testing.assert_allclose(got.decoder, want.decoder, rtol=1e-4)
+    np.testing.assert_array_equal(got.prior, want.prior)
+
+
 def test_keys_per_image_make_the_batch_irrelevant():
     x0, timesteps = images(0, (3, 4, 4, 1)), dj.ddim_timesteps(1000, 5)
     keys, sigma = (

@@ -163,6 +163,29 @@ def test_a_part_restores_without_knowing_the_rest(tmp_path):
             checkpointer.restore({"params": make_state().params})
 
 
+def test_a_field_without_leaves_may_be_newer_or_older_than_the_checkpoint(tmp_path):
+    """As a state that an older version saved, and a newer one, differ in."""
+
+    class Longer(NamedTuple):
+        step: Any
+        params: Any
+        opt_state: Any
+        key: Any
+        extra: Any = ()
+
+    state = make_state(1)
+    with Checkpointer(tmp_path / "short") as checkpointer:
+        checkpointer.save(0, state)
+        assert_bitwise(checkpointer.restore(Longer(*make_state())), Longer(*state))
+        part = {"params": make_state().params, "extra": ()}
+        assert_bitwise(checkpointer.restore(part, partial=True), part | {"params": state.params})
+        with pytest.raises(ValueError, match="extra/mean is not in the checkpoint"):
+            checkpointer.restore(Longer(*make_state(), {"mean": jnp.zeros(())}))
+    with Checkpointer(tmp_path / "long") as checkpointer:
+        checkpointer.save(0, Longer(*state))
+        assert_bitwise(checkpointer.restore(make_state()), state)
+
+
 def test_a_checkpoint_of_something_else_is_refused_with_what_differs(tmp_path):
     state = make_state()
     with Checkpointer(tmp_path) as checkpointer:
@@ -207,7 +230,7 @@ def test_a_checkpoint_that_vanished_is_not_called_damaged(tmp_path):
         checkpointer.save(1, {"w": np.ones(3)})
         checkpointer.wait()
         shutil.rmtree(tmp_path / "1")
-        with pytest.raises(ValueError, match="/1 was removed while it was read.*call again"):
+        with pytest.raises(ValueError, match=r"/1 was removed while it was read.*call again"):
             checkpointer.restore({"w": np.ones(3)}, 1)
 
 
@@ -271,23 +294,24 @@ def test_two_processes_save_once_and_resume_with_the_very_next_example(tmp_path)
     import sys
     import jax
     import numpy as np
-    from ddim_jax import data
     from ddim_jax.checkpoint import Checkpointer
+    from ddim_jax.data.load import load_images
+    from ddim_jax.data.stream import batches
 
     workdir, port, process, num_processes, stop = sys.argv[1], *map(int, sys.argv[2:])
     if num_processes > 1:
         jax.distributed.initialize(f"localhost:{port}", num_processes, process)
-    source = data.load_images(f"{workdir}/images", in_memory=False)
+    source = load_images(f"{workdir}/images", in_memory=False)
     with Checkpointer(f"{workdir}/checkpoints") as checkpointer:
         state = {"step": jax.numpy.int32(0), "key": jax.random.key(0)}
         if checkpointer.latest_step() is not None:
             state = checkpointer.restore(state)
-        batches = data.batches(
+        stream = batches(
             source, 6, seed=1, start_step=int(state["step"]),
             shard_index=process, shard_count=num_processes,
         )
         for step in range(int(state["step"]), stop):
-            seen = ",".join(str(pixel) for pixel in next(batches)["image"][:, 0, 0, 0])
+            seen = ",".join(str(pixel) for pixel in next(stream)["image"][:, 0, 0, 0])
             with open(f"{workdir}/seen-{step}-{process}", "x") as file:
                 file.write(seen)
             checkpointer.save(step + 1, state | {"step": jax.numpy.int32(step + 1)})

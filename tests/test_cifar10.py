@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from ddim_jax import data
+from ddim_jax.data.load import load_images
+from ddim_jax.data.source import ArraySource
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -18,7 +19,7 @@ ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 @pytest.mark.parametrize("split, count", [("train", 50_000), ("test", 10_000)])
 def test_the_splits_are_whole(shared, split, count):
-    source = data.load_images("cifar10", data_dir=shared("tfds"), split=split, in_memory=False)
+    source = load_images("cifar10", data_dir=shared("tfds"), split=split, in_memory=False)
     assert len(source) == count
     assert source.image_shape == (32, 32, 3)
     assert source.num_classes == 10
@@ -26,8 +27,8 @@ def test_the_splits_are_whole(shared, split, count):
 
 @pytest.mark.slow
 def test_the_training_images_have_the_published_channel_means(shared):
-    source = data.load_images("cifar10", data_dir=shared("tfds"))
-    assert isinstance(source, data.ArraySource)  # it fits in memory, so that is where it is
+    source = load_images("cifar10", data_dir=shared("tfds"))
+    assert isinstance(source, ArraySource)  # it fits in memory, so that is where it is
     means = source.images.mean(axis=(0, 1, 2), dtype=np.float64) / 255
     np.testing.assert_allclose(means, [0.49139968, 0.48215841, 0.44653091], atol=5e-9)
     np.testing.assert_array_equal(np.bincount(source.labels), [5000] * 10)
@@ -62,7 +63,8 @@ def test_the_loss_falls_in_200_steps(shared, tmp_path):
     assert last < 0.3 * first, lines
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["spacing"], config["rounding"]) == ("quadratic", "nearest")
-    assert (config["reduction"], config["timesteps"]) == ("mean", "independent")  # the recipe
+    objective = config["objective"]
+    assert (objective["reduction"], objective["timesteps"]) == ("mean", "independent")  # the recipe
 
 
 @pytest.mark.slow
@@ -80,23 +82,25 @@ def test_the_papers_torch_recipe_sums_over_pixels(shared, tmp_path):
 STREAMED = """
 import dataclasses, sys
 sys.path.insert(0, "experiments")
-import numpy as np, train
-from presets import CIFAR10, ModelConfig
-from ddim_jax import data
+import numpy as np
+from ddim_jax.data import load, source as sources, stream
 
 data_dir, workdir, seen, max_steps, num_processes, process_id, port = sys.argv[1:]
-data.MAX_BYTES_IN_MEMORY = 0  # so that CIFAR-10 streams as LSUN does
-batches, images = data.batches, []
+load.MAX_BYTES_IN_MEMORY = 0  # so that CIFAR-10 streams as LSUN does
+batches, images = stream.batches, []
 
 def recorded(source, *arguments, **options):
-    assert not isinstance(source, data.ArraySource)
+    assert not isinstance(source, sources.ArraySource)
     for batch in batches(source, *arguments, **options):
         images.append(batch["image"])
         yield batch
 
-data.batches = recorded
+stream.batches = recorded  # before the training imports it
+import train
+from presets import CIFAR10, ModelConfig
+
 many = int(num_processes) > 1
-train.run(
+train.main(
     dataclasses.replace(
         CIFAR10,
         model=ModelConfig(4, (1,), 1, attention_resolutions=(), dropout=0.0, norm_groups=2),
@@ -144,7 +148,7 @@ def test_a_streaming_run_resumes_with_the_very_next_example_on_1_and_on_2_proces
     shared, tmp_path
 ):
     data_dir = shared("tfds")
-    source = data.load_images("cifar10", data_dir=data_dir, split="train[:50]")
+    source = load_images("cifar10", data_dir=data_dir, split="train[:50]")
     # 96 examples: epochs 0 and 1, whole or in part, each in the order of its own permutation.
     order = [np.random.default_rng((7, epoch)).permutation(50) for epoch in range(2)]
     want = source.images[np.concatenate(order)[:96]].reshape(6, 16, 32, 32, 3)

@@ -45,7 +45,7 @@ def test_every_grid_eta_and_number_of_steps_finds_the_one_image(sigma_hat):
     @jax.jit
     @jax.vmap
     def run(timesteps, eta):
-        sampler = dj.ddim(eta, sigma_hat=sigma_hat)
+        sampler = dj.ddim_or_sigma_hat(eta, sigma_hat)
         return dj.sample(KEY, knows_one_image, SCHEDULE, x_T, timesteps, sampler)
 
     found = run(padded(lists, 1000), etas)

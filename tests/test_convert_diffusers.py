@@ -14,13 +14,21 @@ import safetensors.numpy
 from refusals import refused
 
 from ddim_jax import samplers
-from ddim_jax.convert import load_diffusers, save_diffusers, schedule_from_diffusers
-from ddim_jax.convert.diffusers import config_from_unet, unet_from_config
+from ddim_jax.convert import (
+    load_diffusers,
+    prediction_from_diffusers,
+    save_diffusers,
+    schedule_from_diffusers,
+)
+from ddim_jax.convert.diffusers_unet import config_from_unet, unet_from_config
+from ddim_jax.denoisers import clip_x0_keep_eps
 from ddim_jax.schedule import (
     cosine_schedule,
     ddim_timesteps,
     linear_schedule,
     scaled_linear_schedule,
+    schedule_from_betas,
+    zero_terminal_snr,
 )
 from ddim_jax.unet import UNet
 
@@ -367,6 +375,10 @@ def test_what_diffusers_cannot_hold_is_refused(tmp_path):
         save_diffusers(out, TINY, params, 8, beta_start=0.0)
     with refused("beta_schedule must be one of .* got 'sigmoid'"):
         save_diffusers(out, TINY, params, 8, schedule="sigmoid")
+    with refused("prediction must be one of eps, v, x0; got 'epsilon'"):
+        save_diffusers(out, TINY, params, 8, prediction="epsilon")
+    with refused("schedule must have at least 2 steps"):
+        save_diffusers(out, TINY, params, 8, num_steps=1, zero_terminal_snr=True)
     assert not out.exists()
 
 
@@ -381,6 +393,9 @@ def test_what_diffusers_cannot_hold_is_refused(tmp_path):
         {"beta_schedule": "squaredcos_cap_v2"},
         {"num_train_timesteps": 100, "beta_end": 0.05},
         {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3},
+        {"rescale_betas_zero_snr": True},
+        {"rescale_betas_zero_snr": True, "beta_schedule": "squaredcos_cap_v2"},
+        {"rescale_betas_zero_snr": True, "trained_betas": [0.1, 0.2, 0.3]},
     ],
 )
 def test_schedules_are_diffusers_own(config):
@@ -393,14 +408,107 @@ def test_schedules_are_diffusers_own(config):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"prediction_type": "v_prediction"}, "prediction_type must be 'epsilon'; .*from_v"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule must be one of .* got 'sigmoid'"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"rescale_betas_zero_snr": True, "num_train_timesteps": 1}, "at least 2 steps"),
     ],
 )
 def test_other_schedules_are_refused(config, message):
     with refused(message):
         schedule_from_diffusers(config)
+
+
+@pytest.mark.parametrize(
+    "config, before",
+    [
+        ({}, linear_schedule()),
+        ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+         scaled_linear_schedule()),
+        ({"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 50}, cosine_schedule(50)),
+        ({"trained_betas": [0.1, 0.2, 0.3]}, schedule_from_betas([0.1, 0.2, 0.3])),
+    ],
+)  # fmt: skip
+def test_betas_rescaled_to_zero_snr(config, before):
+    """Lin et al. 2023, algorithm 1, of whatever betas the other entries give."""
+    got = schedule_from_diffusers(config | {"rescale_betas_zero_snr": True})
+    np.testing.assert_array_equal(got.alphas_cumprod, zero_terminal_snr(before).alphas_cumprod)
+    assert got.alphas_cumprod[-1] == 0
+    plain = schedule_from_diffusers(config | {"rescale_betas_zero_snr": False})
+    np.testing.assert_array_equal(plain.alphas_cumprod, before.alphas_cumprod)
+
+
+# Predictions
+
+
+@pytest.mark.parametrize(
+    "config, want",
+    [
+        ({}, "eps"),
+        ({"prediction_type": "epsilon"}, "eps"),
+        ({"prediction_type": "v_prediction"}, "v"),
+        ({"prediction_type": "sample"}, "x0"),
+        ({"predict_epsilon": True}, "eps"),
+        ({"predict_epsilon": False}, "x0"),
+        ({"predict_epsilon": None}, "eps"),
+        ({"predict_epsilon": None, "prediction_type": "v_prediction"}, "v"),
+        ({"predict_epsilon": False, "prediction_type": "sample"}, "x0"),
+    ],
+)
+def test_predictions_are_read(config, want):
+    assert prediction_from_diffusers(config) == want
+    schedule_from_diffusers(config)  # whatever the network predicts
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"prediction_type": "flow_prediction"},
+         "prediction_type must be one of epsilon, v_prediction, sample; got 'flow_prediction'"),
+        ({"prediction_type": None}, "prediction_type must be one of .* got None"),
+        ({"predict_epsilon": False, "prediction_type": "v_prediction"},
+         "predict_epsilon must agree with prediction_type, .*'v_prediction'; got False"),
+        ({"predict_epsilon": True, "prediction_type": "sample"}, "predict_epsilon must agree"),
+    ],
+)  # fmt: skip
+def test_other_predictions_are_refused(config, message):
+    with refused(message):
+        prediction_from_diffusers(config)
+
+
+@pytest.mark.parametrize(
+    "prediction, theirs", [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")]
+)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_predictions_and_zero_snr_are_written(tmp_path, prediction, theirs, zero_snr):
+    params = load_diffusers(write(tmp_path / "theirs")).params
+    save_diffusers(
+        tmp_path, TINY, params, 8, prediction=prediction, zero_terminal_snr=zero_snr, num_steps=50
+    )
+    scheduler = load_diffusers(tmp_path).scheduler
+    assert scheduler["prediction_type"] == theirs
+    assert scheduler.get("rescale_betas_zero_snr", False) is zero_snr
+    assert prediction_from_diffusers(scheduler) == prediction
+    want = zero_terminal_snr(linear_schedule(50)) if zero_snr else linear_schedule(50)
+    got = schedule_from_diffusers(scheduler)
+    np.testing.assert_array_equal(got.alphas_cumprod, want.alphas_cumprod)
+    np.testing.assert_array_equal(got.noise_variances, want.noise_variances)
+
+
+def test_a_scheduler_of_the_defaults_has_no_new_entries(tmp_path):
+    save_diffusers(tmp_path, TINY, load_diffusers(write(tmp_path / "theirs")).params, 8)
+    want = {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "clip_sample": False,
+        "prediction_type": "epsilon",
+        "variance_type": "fixed_small",
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+    }
+    text = (tmp_path / "scheduler" / "scheduler_config.json").read_text()
+    assert text == json.dumps(want, indent=2) + "\n"
 
 
 # Against diffusers itself
@@ -475,6 +583,29 @@ def test_our_export_loads_as_a_pipeline(theirs, tmp_path, pipeline_name):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_our_export_steps_as_theirs(theirs, tmp_path, prediction):
+    """The data that their scheduler finds in a network's output is the one our names promise."""
+    import torch
+
+    _, folder, diffusers = theirs
+    model, params, image_size, _, _ = load_diffusers(folder)
+    save_diffusers(
+        tmp_path, model, params, image_size, prediction=prediction, zero_terminal_snr=True
+    )
+    scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert float(scheduler.alphas_cumprod[-1]) == 0
+    rng = np.random.default_rng(0)
+    x0, eps = rng.standard_normal((2, 1, 3, 8, 8), np.float32)
+    schedule = schedule_from_diffusers(load_diffusers(tmp_path).scheduler)
+    ab = float(schedule.alpha_bar(500))
+    x_t = ab**0.5 * x0 + (1 - ab) ** 0.5 * eps
+    output = {"eps": eps, "x0": x0, "v": ab**0.5 * eps - (1 - ab) ** 0.5 * x0}[prediction]
+    scheduler.set_timesteps(10)
+    step = scheduler.step(torch.from_numpy(output), 500, torch.from_numpy(x_t))
+    np.testing.assert_allclose(step.pred_original_sample, x0, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("clip", [False, True])
 def test_ddim_draws_the_same_images_as_their_pipeline(theirs, tmp_path, clip):
     import torch
@@ -491,14 +622,13 @@ def test_ddim_draws_the_same_images_as_their_pipeline(theirs, tmp_path, clip):
     ).images
 
     schedule = schedule_from_diffusers(load_diffusers(tmp_path).scheduler)
-    sampler = samplers.ddim_clip_data() if clip else samplers.ddim()
+    network = lambda x, t: model.apply({"params": params}, x, t)  # noqa: E731
     x_0 = samplers.sample(
         jax.random.key(0),
-        lambda x, t: model.apply({"params": params}, x, t),
+        clip_x0_keep_eps(network, schedule) if clip else network,
         schedule,
         jnp.asarray(x_T.permute(0, 2, 3, 1).numpy()),
         ddim_timesteps(schedule.num_steps, 10),
-        sampler,
     )
     inside = np.mean((want > 0) & (want < 1))
     assert inside > 0.2  # images all black and white would prove little

@@ -18,16 +18,16 @@ import convert
 import presets
 import sample
 from convert import ConvertConfig
-from workdir import load_trained, read_config
 
 from ddim_jax.convert import flax_to_paper, save_diffusers
+from ddim_jax.runs import ModelConfig, load_trained, read_config
 from ddim_jax.unet import UNet
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 UNITS = UNet(
     channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), norm_groups=4
 )
-PAPER = presets.ModelConfig(  # as small as the paper's 32 groups allow
+PAPER = ModelConfig(  # as small as the paper's 32 groups allow
     channels=32, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(16,)
 )
 
@@ -59,11 +59,13 @@ def test_a_converted_folder_samples_and_converts_back_to_the_same_files(folder, 
     workdir, back = tmp_path / "workdir", tmp_path / "back"
     from_diffusers(folder, workdir)
     trained = load_trained(workdir)
-    assert_same(trained.params, weights(UNITS, 8))
-    assert trained.weights_hash() in capsys.readouterr().out
+    assert_same(trained.params.network, weights(UNITS, 8))
+    assert trained.weights_hash in capsys.readouterr().out
 
     sample.main(
-        sample.SampleConfig(str(workdir), str(tmp_path / "s"), num_images=2, num_sample_steps=2)
+        sample.SampleConfig(
+            workdir=str(workdir), out=str(tmp_path / "s"), num_images=2, num_sample_steps=2
+        )
     )
     assert (tmp_path / "s" / "images" / "00001.png").is_file()
 
@@ -86,7 +88,7 @@ def test_config_json_says_how_to_sample_and_what_was_taken(folder, tmp_path):
     assert (origin["format"], origin["path"], origin["weights"]) == (
         "diffusers", str(folder), "ema")  # fmt: skip
     assert "144 tensors" in origin["taken"]
-    assert origin["weights_hash"] == load_trained(tmp_path / "w").weights_hash()
+    assert origin["weights_hash"] == load_trained(tmp_path / "w").weights_hash
 
 
 @pytest.mark.parametrize("name, ours", [("trailing", "trailing"), ("linspace", "linspace")])
@@ -107,15 +109,15 @@ def test_the_same_file_again_is_fine_and_another_model_is_refused(folder, tmp_pa
     from_diffusers(folder, tmp_path / "w")
     # Other weights of the same network, in the same place: only their hash tells.
     save_diffusers(folder, UNITS, weights(UNITS, 8, seed=1), 8, schedule="scaled_linear")
-    with pytest.raises(ValueError, match="another configuration: converted_from"):
+    with pytest.raises(ValueError, match=r"configuration: converted_from\.weights_hash is"):
         from_diffusers(folder, tmp_path / "w")
     assert (tmp_path / "w" / "config.json").read_text() == before
-    assert_same(load_trained(tmp_path / "w").params, weights(UNITS, 8))
+    assert_same(load_trained(tmp_path / "w").params.network, weights(UNITS, 8))
 
 
 def test_the_set_that_was_not_taken_is_refused_by_name(folder, tmp_path):
     from_diffusers(folder, tmp_path / "w", weights="raw")
-    assert_same(load_trained(tmp_path / "w", "raw").params, weights(UNITS, 8))
+    assert_same(load_trained(tmp_path / "w", "raw").params.network, weights(UNITS, 8))
     with pytest.raises(ValueError, match=r"weights must be 'raw' for .*got 'ema'"):
         load_trained(tmp_path / "w")
 
@@ -196,7 +198,7 @@ def test_the_papers_list_keeps_the_set_asked_for_and_comes_back_bitwise(small_ci
         convert.main(
             ConvertConfig(workdir=str(workdir), source="ddim", path=str(path), weights=name)
         )
-        assert_same(load_trained(workdir, name).params, want)
+        assert_same(load_trained(workdir, name).params.network, want)
         config = read_config(workdir)
         assert config["spacing"] == "quadratic" and config["image_shape"] == [32, 32, 3]
         assert config["converted_from"]["taken"].lower().startswith(name)

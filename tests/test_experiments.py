@@ -15,13 +15,13 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("sklearn")
 
-import pictures
 import sample
 import train
-from presets import PRESETS, ModelConfig
-from workdir import load_trained, only_one_process, read_config, write_config
+from common import pictures
+from presets import PRESETS
 
-from ddim_jax.checkpoint import Checkpointer
+from ddim_jax import ddim
+from ddim_jax.runs import ModelConfig, load_trained, read_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = dataclasses.replace(
@@ -55,41 +55,8 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("model")
-    train.run(dataclasses.replace(SMALL, workdir=str(workdir), sample_every=6))
+    train.main(dataclasses.replace(SMALL, workdir=str(workdir), sample_every=6))
     return workdir
-
-
-def leaves(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """Everything in the newest checkpoint, read back without a template of ours."""
-    import orbax.checkpoint as ocp
-
-    with Checkpointer(workdir / "checkpoints") as checkpointer:
-        step = checkpointer.latest_step()
-    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "default")
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
-
-
-def test_a_stopped_run_resumes_to_the_same_bits(trained, tmp_path):
-    for max_steps in (3, 6):
-        train.run(
-            dataclasses.replace(SMALL, workdir=str(tmp_path), max_steps=max_steps, sample_every=6)
-        )
-    straight, resumed = leaves(trained), leaves(tmp_path)
-    assert straight.keys() == resumed.keys()
-    assert {"params", "ema_params", "opt_state"} <= {name.split("'")[1] for name in straight}
-    for name in straight:
-        np.testing.assert_array_equal(straight[name], resumed[name], err_msg=name)
-
-
-def test_max_seconds_stops_with_a_checkpoint_and_the_next_call_goes_on(tmp_path):
-    config = dataclasses.replace(SMALL, workdir=str(tmp_path), max_steps=3)
-    train.run(dataclasses.replace(config, max_seconds=1e-9))
-    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
-        assert checkpointer.latest_step() == 1
-    train.run(config)
-    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
-        assert checkpointer.latest_step() == 3
 
 
 def test_a_run_leaves_its_settings_its_losses_and_its_pictures(trained):
@@ -101,104 +68,6 @@ def test_a_run_leaves_its_settings_its_losses_and_its_pictures(trained):
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert PIL.Image.open(trained / "samples" / "step_0000006.png").size[0] >= 8 * 8
     assert list((trained / "tensorboard").glob("events*"))
-
-
-def test_a_workdir_of_another_run_is_refused_and_left_alone(trained):
-    before = (trained / "config.json").read_text()
-    with pytest.raises(ValueError, match=r"another configuration: .*learning_rate is 0.001 there"):
-        train.run(dataclasses.replace(SMALL, workdir=str(trained), learning_rate=0.5))
-    assert (trained / "config.json").read_text() == before
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"batch_size": 0}, "batch_size"),
-        ({"max_steps": 0}, "max_steps must be at least 1; got 0"),
-        ({"log_every": 0}, "log_every must be at least 1"),
-        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
-        ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
-        ({"seed": -1}, "seed must be at least 0"),
-        ({"learning_rate": -1.0}, "learning_rate must be above 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
-        ({"ema_decay": 2.0}, r"ema_decay must be in \[0, 1\)"),
-        ({"distributed": True, "num_processes": 1}, "must be given together"),
-        (
-            {"distributed": True, "coordinator": "x", "num_processes": 1, "process_id": 0},
-            "coordinator must be host:port; got 'x'",
-        ),
-        ({"data": "no/such/folder"}, "no/such/folder"),
-        ({"model": ModelConfig(channels=8, norm_groups=3)}, "norm_groups"),
-        ({"model": dataclasses.replace(SMALL.model, channel_mults=(1, 1, 1, 1, 1))}, "divisible"),
-        ({"model": dataclasses.replace(SMALL.model, num_classes=7)}, "num_classes"),
-    ],
-)
-def test_bad_settings_are_refused_before_anything_is_written(change, message, tmp_path):
-    workdir = tmp_path / "new"
-    with pytest.raises(ValueError, match=message):
-        train.run(dataclasses.replace(SMALL, workdir=str(workdir), **change))
-    assert not workdir.exists()
-
-
-def test_a_run_that_saved_nothing_binds_nobody(tmp_path):
-    write_config(tmp_path, {"learning_rate": 1.0})
-    write_config(tmp_path, {"learning_rate": 2.0})
-    assert read_config(tmp_path) == {"learning_rate": 2.0}
-
-
-def test_a_spoilt_gradient_is_never_saved_though_the_loss_is_finite(tmp_path, monkeypatch):
-    """sqrt at 0 is finite, its slope is not; and 0 times that is NaN."""
-
-    def loss_fn(params, key, places, batch):
-        corner = sum(jax.numpy.sum(0 * jax.numpy.abs(p)) for p in jax.tree.leaves(params))
-        return 1.0 + jax.numpy.sqrt(corner) + jax.numpy.zeros(len(places))
-
-    monkeypatch.setattr(train.train, "diffusion_loss", lambda *args, **options: loss_fn)
-    with pytest.raises(FloatingPointError, match="grad_norm of step 1 is nan"):
-        train.run(dataclasses.replace(SMALL, workdir=str(tmp_path), max_steps=1))
-    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
-        assert checkpointer.latest_step() is None
-
-
-def test_lines_of_steps_taken_again_are_dropped(trained, tmp_path):
-    """As a kill between two checkpoints leaves them, the last one cut short."""
-    config = dataclasses.replace(SMALL, workdir=str(tmp_path), max_steps=2, log_every=1)
-    train.run(config)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 9.0}\n{"step": 4, "lo')
-    train.run(dataclasses.replace(config, max_steps=4))
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert all(line["loss"] < 9 for line in lines)
-
-
-def test_a_workdir_in_use_is_refused(tmp_path):
-    with (
-        only_one_process(tmp_path),
-        pytest.raises(ValueError, match="in use by another process"),
-    ):
-        train.run(dataclasses.replace(SMALL, workdir=str(tmp_path)))
-    train.run(dataclasses.replace(SMALL, workdir=str(tmp_path), max_steps=1))
-
-
-def test_config_files_are_written_whole(tmp_path, monkeypatch):
-    """A kill or a full disk while writing leaves the old file."""
-    write_config(tmp_path, {"seed": 1})
-
-    def full(self, content):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
-    with pytest.raises(OSError, match="no space"):
-        write_config(tmp_path, {"seed": 2})
-    assert read_config(tmp_path) == {"seed": 1}
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", '{"image_shape": [8, 8, 1], "model": {"no": 1}}'])
-def test_a_config_that_describes_no_network_is_named(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json does not describe a network"):
-        load_trained(tmp_path)
 
 
 def test_images_that_are_not_finite_stop_the_script(trained, tmp_path):
@@ -215,27 +84,13 @@ def test_images_of_an_earlier_call_are_not_left_among_new_ones(trained, tmp_path
     assert len(draw(trained, tmp_path / "a", seed=1)) == 5
 
 
-def test_a_spoilt_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path):
-    config = dataclasses.replace(SMALL, workdir=str(tmp_path), max_steps=2)
-    train.run(config)
-    with pytest.raises(FloatingPointError, match=r"step \d+ is nan"):
-        # NaN from a clean optimizer state: weights thrown beyond what float32 can square.
-        blown = dataclasses.replace(config, max_steps=30, learning_rate=1e30)
-        (tmp_path / "config.json").unlink()  # the rate is another configuration
-        train.run(blown)
-    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
-        assert checkpointer.latest_step() == 2
-
-
 def test_conditional_training_and_sampling_use_the_labels(tmp_path):
     model = dataclasses.replace(SMALL.model, num_classes=10)
     # Quick steps, so that the labels, whose way out starts at nearly 0, show in the pixels.
     quick = dataclasses.replace(SMALL, learning_rate=0.05, warmup_steps=0, ema_decay=0.0)
-    train.run(dataclasses.replace(quick, workdir=str(tmp_path), model=model))
-    assert load_trained(tmp_path).network.model.num_classes == 10
-    sample.main(
-        sample.SampleConfig(str(tmp_path), str(tmp_path / "s"), num_images=3, num_sample_steps=2)
-    )
+    train.main(dataclasses.replace(quick, workdir=str(tmp_path), model=model))
+    assert load_trained(tmp_path).spec.num_classes == 10
+    draw(tmp_path, tmp_path / "s", num_images=3, num_sample_steps=2)
     both = draw(tmp_path, tmp_path / "all"), draw(tmp_path, tmp_path / "one", label=2)
     same = [np.array_equal(a, b) for a, b in zip(*both, strict=True)]
     assert same == [False, False, True, False, False]  # image i is of class i
@@ -243,23 +98,6 @@ def test_conditional_training_and_sampling_use_the_labels(tmp_path):
     assert not np.array_equal(guided, both[1])
     with pytest.raises(ValueError, match=r"label must be in \[0, 9\].*got 10"):
         draw(tmp_path, tmp_path / "no", label=10)
-
-
-def test_guidance_is_the_line_through_both_predictions(tmp_path):
-    """Ho & Salimans 2022, eq. 6: uncond + scale (cond - uncond)."""
-    model = dataclasses.replace(SMALL.model, num_classes=10)
-    train.run(dataclasses.replace(SMALL, workdir=str(tmp_path), model=model, max_steps=2))
-    trained = load_trained(tmp_path)
-    x, t = jax.random.normal(jax.random.key(0), (3, 8, 8, 1)), jax.numpy.asarray(500)
-    label = jax.numpy.array([1, 5, 9])
-
-    def network(label):
-        return np.asarray(trained.network.model.apply({"params": trained.params}, x, t, label))
-
-    cond, uncond = network(label), network(jax.numpy.full(3, 10))
-    got = trained.network.eps_fn(trained.params, label, 3.0)(x, t)
-    np.testing.assert_allclose(got, uncond + 3 * (cond - uncond), atol=1e-5)
-    np.testing.assert_allclose(trained.network.eps_fn(trained.params, label)(x, t), cond, atol=1e-6)
 
 
 def test_labels_and_guidance_are_refused_where_there_are_none(trained, tmp_path):
@@ -297,6 +135,41 @@ def test_samples_are_written_once_each_and_do_not_depend_on_the_batch(trained, t
     assert (images != other).mean() > 0.3
 
 
+def test_the_library_draws_what_the_script_writes(trained, tmp_path, capsys):
+    run = load_trained(trained)
+    for batch_size in (256, 2):  # of one batch size, to the bit
+        written = draw(trained, tmp_path / str(batch_size), seed=3, batch_size=batch_size)
+        drawn = run.sample(jax.random.key(3), 5, 4, batch_size=batch_size)
+        np.testing.assert_array_equal(drawn, written)
+        assert f"seed 3, run {run.fingerprint_id}" in capsys.readouterr().out
+    in_threes = run.sample(jax.random.key(3), 5, 4, batch_size=3)
+    assert np.abs(in_threes.astype(int) - written).max() <= 1
+    assert (in_threes != written).mean() < 1e-2
+    raw = load_trained(trained, "raw", step=6, dtype="bfloat16")
+    written = draw(trained, tmp_path / "raw", weights="raw", step=6, dtype="bfloat16", eta=1.0,
+                   spacing="quadratic")  # fmt: skip
+    drawn = raw.sample(jax.random.key(0), 5, 4, sampler=ddim(1.0), spacing="quadratic")
+    np.testing.assert_array_equal(drawn, written)
+    with pytest.raises(ValueError, match=r"step must be one of \[6\]"):
+        draw(trained, tmp_path / "no", step=3)
+
+
+def test_digits_v_trains_and_samples_on_a_schedule_that_ends_in_pure_noise(tmp_path):
+    preset = PRESETS["digits-v"][1]
+    small = {field: getattr(SMALL, field) for field in (
+        "model", "batch_size", "max_steps", "log_every", "checkpoint_every")}  # fmt: skip
+    train.main(dataclasses.replace(preset, workdir=str(tmp_path), sample_every=6, **small))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    # A network that says nothing pays |v|^2, between eps^2, which is 1, and x0^2, which is below.
+    assert all(0 < line["loss"] < 1.5 for line in lines)
+    spec = load_trained(tmp_path).spec
+    assert spec.predicts == "v" and float(spec.schedule.alpha_bar(999)) == 0
+    assert spec.timesteps(4)[0] == 999
+    for changes in ({}, {"eta": 1.0}, {"sigma_hat": True}, {"sampler": "dpm_solver_pp_2m"}):
+        images = draw(tmp_path, tmp_path / "s", **changes)  # raises where one is not finite
+        assert images.shape == (5, 8, 8, 1) and images.std() > 10, changes
+
+
 def test_the_rows_of_the_table_are_different_samplers(trained, tmp_path):
     settings = [{"eta": 0.0}, {"eta": 0.5}, {"eta": 1.0}, {"sigma_hat": True},
                 {"spacing": "quadratic"}, {"weights": "raw"}]  # fmt: skip
@@ -321,14 +194,6 @@ def test_sample_refuses_in_one_line_with_exit_code_2(trained, tmp_path, argument
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"has no config.json"):
-        load_trained(tmp_path)
-    write_config(tmp_path, json.loads((ROOT / "tests" / "tiny_config.json").read_text()))
-    with pytest.raises(ValueError, match="no whole checkpoint"):
-        load_trained(tmp_path)
 
 
 def test_a_grid_shows_each_image_in_its_place():

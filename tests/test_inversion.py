@@ -70,6 +70,34 @@ def test_reconstruction_is_exact_at_50_steps(name, spacing):
     assert reconstruction_error(name, timesteps, encode_fixed_point) < 1e-5
 
 
+@SPACINGS
+@pytest.mark.parametrize("target", ["v", "x0"])
+def test_reconstruction_is_exact_whatever_the_network_predicts(target, spacing):
+    eps_fn, x_0 = NETWORKS["mixture"]
+    convert, wrap = getattr(dj, f"epsilon_to_{target}"), getattr(dj, f"from_{target}")
+    denoiser = wrap(lambda x, t: convert(eps_fn(x, t), x, SCHEDULE.alpha_bar(t)), SCHEDULE)
+    timesteps = dj.ddim_timesteps(1000, 50, spacing)
+
+    @jax.jit
+    def reconstruct(x_0):
+        x_T = encode_fixed_point(denoiser, SCHEDULE, x_0, timesteps)
+        return dj.sample(None, denoiser, SCHEDULE, x_T, timesteps)
+
+    np.testing.assert_allclose(reconstruct(x_0), x_0, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["v", "x0"])
+def test_plain_encoding_asks_a_pair_for_its_noise_alone(target):
+    """Its first state is clean data, asked at the lowest index: the pair's x0 is not of it."""
+    convert, wrap = getattr(dj, f"epsilon_to_{target}"), getattr(dj, f"from_{target}")
+    denoiser = wrap(lambda x, t: convert(golden_eps(x, t), x, SCHEDULE.alpha_bar(t)), SCHEDULE)
+    timesteps = dj.ddim_timesteps(1000, 20, "trailing")
+    want = dj.encode(golden_eps, SCHEDULE, IMAGES[:4], timesteps)
+    np.testing.assert_allclose(
+        dj.encode(denoiser, SCHEDULE, IMAGES[:4], timesteps), want, atol=2e-5
+    )
+
+
 @each_network
 @SPACINGS
 def test_beats_plain_inversion_at_equal_network_calls(name, spacing):

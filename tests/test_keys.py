@@ -110,6 +110,22 @@ def test_fold_in_of_one_key_and_of_each(impl):
     np.testing.assert_array_equal(data(jax.jit(fold_in)(keys, 7)), want)
 
 
+def test_fold_in_of_a_real_time_is_that_of_its_bits():
+    """Times of a continuous schedule: different ones, however near, are different numbers."""
+    times = np.float32([0.5, np.nextafter(np.float32(0.5), np.float32(1)), 1e-3, 1.0, 0.0])
+    for t in times:
+        want = data(jax.random.fold_in(KEY, int(t.view(np.int32))))
+        for given in (t, jnp.asarray(t), float(t)):
+            np.testing.assert_array_equal(data(jax.jit(fold_in)(KEY, given)), want)
+    each = jnp.stack([jax.random.key_data(fold_in(KEY, t)) for t in times])
+    assert len(np.unique(each, axis=0)) == len(times)
+    keys = jax.random.split(KEY, 5)
+    want = [data(fold_in(key, t)) for key, t in zip(keys, times, strict=True)]
+    np.testing.assert_array_equal(data(fold_in(keys, jnp.asarray(times))), want)
+    with jax.enable_x64(True):  # float64 is rounded to the same float32
+        np.testing.assert_array_equal(data(fold_in(KEY, np.float64(0.5))), data(fold_in(KEY, 0.5)))
+
+
 def test_no_key_is_used_twice():
     with jax.debug_key_reuse(True):
         jax.jit(lambda k: dj.initial_noise(k, jnp.arange(3), (4,)))(jax.random.key(0))

@@ -18,6 +18,7 @@ from ddim_jax.metrics.inception import (
     inception,
     inception_features,
     inception_input,
+    inception_outputs,
     load_inception,
     params_from_state_dict,
 )
@@ -39,13 +40,18 @@ def params(state_dict):
 @pytest.mark.parametrize("case", ["cifar", "sixtyfour"])
 def test_golden_features_at_four_depths(params, golden, state_dict, case):
     arrays = golden("inception_fid.npz")
-    got = jax.jit(inception)(params, arrays[f"{case}/images"])
+    got, outputs = jax.jit(lambda *args: (inception(*args), inception_outputs(*args)))(
+        params, arrays[f"{case}/images"]
+    )
     for depth in DEPTHS:
         want = arrays[f"{case}/{depth}"]
         np.testing.assert_allclose(getattr(got, depth), want, rtol=1e-4, atol=1e-4 * want.std())
     # The stored features end before the last layer, a plain affine map.
     logits = arrays[f"{case}/pool2048"] @ state_dict["fc.weight"].T + state_dict["fc.bias"]
     np.testing.assert_allclose(got.logits, logits, atol=1e-4 * logits.std())
+    np.testing.assert_array_equal(outputs["pool"], got.pool2048)
+    without_bias = logits - state_dict["fc.bias"]  # as published scores were made
+    np.testing.assert_allclose(outputs["logits"], without_bias, atol=1e-4 * logits.std())
 
 
 @pytest.mark.parametrize("size", [(32, 32), (500, 333), (299, 299), (1, 2)])

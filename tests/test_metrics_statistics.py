@@ -1,29 +1,22 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from refusals import refused
 
-from ddim_jax.metrics.classifier import (
-    Classifier,
-    apply_classifier,
-    init_classifier,
-    save_classifier,
-)
-from ddim_jax.metrics.content_hash import content_hash
+from ddim_jax.metrics.classifier import Classifier, init_classifier, save_classifier
+from ddim_jax.metrics.features import FeatureNetwork, feature_network
 from ddim_jax.metrics.frechet import frechet_distance_from_features
+from ddim_jax.metrics.kid import kid
+from ddim_jax.metrics.precision_recall import precision_recall
 from ddim_jax.metrics.statistics import (
-    DISTANCE_NAMES,
-    FeatureNetwork,
     compute_statistics,
-    feature_batches,
-    feature_network,
+    gather,
     gather_moments,
     load_statistics,
     save_statistics,
 )
+from ddim_jax.metrics.table import named_metrics
 
 SHAPE = (4, 4, 1)
 DATA = {"name": "random", "split": "train", "image_shape": [4, 4, 1], "crop": None}
@@ -48,14 +41,6 @@ def batched(images, size=20):
     return [images[i : i + size] for i in range(0, len(images), size)]
 
 
-def test_pixel_features_are_data_units(pixels, images):
-    features = pixels(images)
-    assert features.shape == (103, 16) and features.dtype == np.float32
-    assert pixels.dim(SHAPE) == 16
-    want = images.reshape(103, 16) / 127.5 - 1
-    np.testing.assert_allclose(features, want, atol=1e-6)
-
-
 def test_the_halves_of_the_digits_are_as_far_apart_as_known(pixels):
     # 0.28 between interleaved halves: the floor that issue-time prototypes measured, in [-1, 1].
     digits = pytest.importorskip("sklearn.datasets").load_digits().images
@@ -69,21 +54,6 @@ def test_statistics_are_numpys_over_every_image_once(statistics, images):
     np.testing.assert_allclose(statistics.mean, x.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(statistics.cov, np.cov(x, rowvar=False), atol=1e-6)
     assert statistics.num_samples == 103
-
-
-def test_one_program_serves_a_short_last_batch(images):
-    traces = []
-
-    @jax.jit
-    def apply_fn(params, images):
-        traces.append(images.shape)
-        return images.reshape(images.shape[0], -1).astype(np.float32)
-
-    network = FeatureNetwork("pixels", {}, apply_fn, "")
-    features = list(feature_batches(network, batched(images)))
-    assert traces == [(20, *SHAPE)]
-    assert [len(x) for x in features] == [20] * 5 + [3]
-    np.testing.assert_array_equal(np.concatenate(features), images.reshape(103, 16))
 
 
 @pytest.mark.parametrize("num_samples", [102, 104, 120])
@@ -129,7 +99,7 @@ def test_published_files_hold_only_mu_and_sigma(tmp_path, dtype):
 
 def test_cut_short_and_foreign_metadata_are_refused_by_name(statistics, tmp_path):
     (tmp_path / "empty.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"empty\.npz is not a \.npz file, or damaged"):
+    with pytest.raises(ValueError, match=r"empty\.npz cannot be read as feature statistics"):
         load_statistics(tmp_path / "empty.npz")
     arrays = {"mu": statistics.mean, "sigma": statistics.cov}
     np.savez(tmp_path / "new.npz", **arrays, metadata='{"features": "pixels", "colour": 3}')
@@ -139,7 +109,7 @@ def test_cut_short_and_foreign_metadata_are_refused_by_name(statistics, tmp_path
 
 def test_bad_files_are_refused_by_name(statistics, tmp_path):
     path = tmp_path / "stats.npz"
-    with pytest.raises(FileNotFoundError, match=r"experiments/statistics\.py"):
+    with pytest.raises(FileNotFoundError, match=r"stats\.npz is not a file; give the path"):
         load_statistics(path)
     np.savez(path, images=np.zeros(3))
     with pytest.raises(ValueError, match="must hold mu and sigma; mu and sigma missing"):
@@ -148,7 +118,7 @@ def test_bad_files_are_refused_by_name(statistics, tmp_path):
     with pytest.raises(ValueError, match=r"\(D, D\); got \(3,\) and \(2, 2\)"):
         load_statistics(path)
     path.write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(ValueError, match=r"stats\.npz is not a \.npz file"):
+    with pytest.raises(ValueError, match=r"stats\.npz cannot be read as feature statistics"):
         load_statistics(path)
     save_statistics(path, statistics)
     with np.load(path) as file:
@@ -159,20 +129,95 @@ def test_bad_files_are_refused_by_name(statistics, tmp_path):
 
 
 @pytest.fixture(scope="module")
+def with_states(pixels, images):
+    metrics = named_metrics(["kid", "precision_recall"], num_kept=50)
+    return compute_statistics(pixels, batched(images), num_samples=103, data=DATA, metrics=metrics)
+
+
+def test_other_metrics_states_are_saved_and_compared_with(with_states, pixels, images, tmp_path):
+    path = tmp_path / "stats.npz"
+    save_statistics(path, with_states)
+    loaded = load_statistics(path)
+    assert loaded.state_hashes == with_states.state_hashes
+    with np.load(path) as file:
+        fields = {f"kept_pool.{field}" for field in ("indices", "features", "num_kept")}
+        assert set(file) == {"mu", "sigma", "metadata", *fields}
+        assert json.loads(str(file["metadata"]))["format"] == 2
+    metrics = named_metrics(["frechet", "kid", "precision_recall"], num_kept=50)
+    real, drawn = np.asarray(pixels(images)), np.asarray(pixels(images // 2))
+    states = gather(pixels, batched(images // 2, 30), metrics)
+    np.testing.assert_array_equal(loaded.reference(metrics[1]).features, real[:50])
+    got = {}
+    for metric in metrics:
+        got |= loaded.compute(metric, states)
+    assert got["fd_pixels"] == with_states.distance(states["moments"])
+    assert got["kid_pixels"] == kid(drawn[:50], real[:50], subset_size=50).mean
+    assert got["precision_pixels"] == precision_recall(real[:50], drawn[:50]).precision
+    hashes = [loaded.reference_hash(metric) for metric in metrics]
+    assert hashes == [loaded.content_hash, *2 * [loaded.state_hashes["kept_pool"]]]
+
+
+def test_states_leave_the_hash_of_mean_and_covariance_alone(with_states, statistics):
+    assert with_states.content_hash == statistics.content_hash
+
+
+def test_a_state_that_is_not_there_is_refused_with_the_way_out(statistics):
+    (metric,) = named_metrics(["kid"])
+    for ask in (statistics.reference, statistics.reference_hash):
+        with pytest.raises(ValueError, match=r"lack; they hold moments\. Make them anew with kid"):
+            ask(metric)
+    (score,) = named_metrics(["inception_score"])
+    assert statistics.reference(score) is None and statistics.reference_hash(score) is None
+
+
+def test_a_metric_of_what_the_network_does_not_give_is_refused(pixels, images):
+    with pytest.raises(ValueError, match=r"inception_score reads logits; .* gives pool only"):
+        gather(pixels, batched(images), named_metrics(["inception_score"]))
+
+
+def test_altered_states_and_newer_formats_are_refused(with_states, tmp_path):
+    path = tmp_path / "stats.npz"
+    save_statistics(path, with_states)
+    with np.load(path) as file:
+        arrays = dict(file)
+    changes = (
+        {"kept_pool.features": arrays["kept_pool.features"] + 1e-3},
+        {"kept_pool.more": np.zeros(1)},
+    )
+    for change in changes:
+        np.savez(path, **(arrays | change))
+        with pytest.raises(ValueError, match="was altered"):
+            load_statistics(path)
+    metadata = json.loads(str(arrays["metadata"])) | {"format": 3, "colour": "blue"}
+    np.savez(path, **(arrays | {"metadata": json.dumps(metadata)}))
+    with pytest.raises(ValueError, match=r"is of format 3; .* reads formats up to 2\. Install"):
+        load_statistics(path)
+
+
+def test_files_without_a_format_number_open_as_they_did(statistics, tmp_path):
+    # As the first version wrote them: no format, no states.
+    metadata = {
+        "features": "pixels",
+        "network_hash": statistics.network_hash,
+        "num_samples": 103,
+        "data": DATA,
+        "rounding": "uint8 as stored",
+        "content_hash": statistics.content_hash,
+    }
+    path = tmp_path / "old.npz"
+    np.savez(path, mu=statistics.mean, sigma=statistics.cov, metadata=json.dumps(metadata))
+    loaded = load_statistics(path)
+    assert loaded.content_hash == statistics.content_hash and loaded.states == {}
+    assert (loaded.features, loaded.num_samples, loaded.data) == ("pixels", 103, DATA)
+
+
+@pytest.fixture(scope="module")
 def classifier_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
     model = Classifier(num_classes=3, width=8)
     params = init_classifier(jax.random.key(0), model, SHAPE)
     save_classifier(path, model, params, {})
     return path, model, params
-
-
-def test_classifier_network_is_the_saved_one(classifier_file, images):
-    path, model, params = classifier_file
-    network = feature_network("classifier", path)
-    want = apply_classifier(model, params, images).features
-    np.testing.assert_allclose(network(images), want, rtol=1e-5, atol=1e-6)
-    assert network.dim(SHAPE) == 32 and network.content_hash == content_hash(params)
 
 
 def test_statistics_go_with_their_network_only(statistics, pixels, classifier_file, images):
@@ -187,32 +232,3 @@ def test_statistics_go_with_their_network_only(statistics, pixels, classifier_fi
     of_classifier.check_network(classifier, SHAPE)
     with pytest.raises(ValueError, match="got 000000000000"):
         of_classifier.check_network(retrained, SHAPE)
-
-
-def test_only_inceptions_distance_is_called_fid():
-    assert [name for name, distance in DISTANCE_NAMES.items() if distance == "fid"] == ["inception"]
-
-
-def test_networks_are_named_and_asked_for_what_they_need(tmp_path):
-    with pytest.raises(ValueError, match="classifier features need weights"):
-        feature_network("classifier")
-    with pytest.raises(ValueError, match="without weights"):
-        feature_network("pixels", tmp_path)
-    with refused("name must be one of inception, classifier, pixels; got 'resnet'"):
-        feature_network("resnet")
-
-
-def test_inception_network_reads_its_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"absent\.pth is not a file"):
-        feature_network("inception", tmp_path / "absent.pth")
-
-
-def test_content_hash_sees_every_bit_name_dtype_and_shape():
-    x = np.arange(6.0)
-    trees = [{"a": x}, {"b": x}, {"a": x.reshape(2, 3)}, {"a": np.float32(x)}, {"a": -x}]
-    assert len({content_hash(tree) for tree in trees}) == 5
-
-
-def test_content_hash_does_not_see_order_or_device():
-    x, y = np.float32([[1, 2], [3, 4]])
-    assert content_hash({"a": x, "b": y}) == content_hash({"b": jnp.array(y), "a": jnp.array(x)})

@@ -31,6 +31,7 @@ def test_pmapped_step_on_8_devices_is_the_step_on_the_whole_batch():
         """
         import functools, jax, jax.numpy as jnp, numpy as np, optax
         from ddim_jax import linear_schedule, parallel, train
+        from ddim_jax.objectives import Denoising, Setup
         from ddim_jax.unet import UNet
 
         assert jax.device_count() == 8
@@ -45,8 +46,8 @@ def test_pmapped_step_on_8_devices_is_the_step_on_the_whole_batch():
             jax.random.key(1), jax.tree.map(jnp.copy, params), tx)
         batch = {"image": np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8)}
         # The settings in which an example depends most on its place in the batch.
-        loss_fn = train.diffusion_loss(model.apply, linear_schedule(), batch_size=16,
-                                       flip=True, timesteps="antithetic")
+        objective = Denoising(flip=True, timesteps="antithetic")
+        loss_fn = objective.loss_fn(Setup(model.apply, linear_schedule(), batch_size=16))
         one = jax.jit(functools.partial(
             train.train_step, loss_fn=loss_fn, tx=tx, ema_decay=0.9))
         many = parallel.pmap_train_step(loss_fn, tx, ema_decay=0.9, num_microbatches=2)
@@ -74,20 +75,19 @@ def test_pmapped_step_on_8_devices_is_the_step_on_the_whole_batch():
 
 def test_samples_are_the_same_on_1_and_8_devices_and_for_any_batch():
     code = """
-        import sys; sys.path.insert(0, "experiments")
-        import generate, hashlib, jax, jax.numpy as jnp, numpy as np
-        from workdir import Network
-        from ddim_jax import ddim, ddim_timesteps, initial_noise, linear_schedule
-        from ddim_jax.unet import UNet
-        model = UNet(image_channels=1, channels=8, channel_mults=(1, 2), num_res_blocks=1,
-                     attention_resolutions=(), norm_groups=4)
-        params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((8, 8, 1)), 0)["params"]
+        import hashlib, jax, jax.numpy as jnp, numpy as np
+        from ddim_jax import ddim, initial_noise
+        from ddim_jax.runs import (
+            DrawInputs, ModelConfig, RunParams, RunSpec, ScheduleConfig, draw_images, image_program)
+        model = ModelConfig(channels=8, channel_mults=(1, 2), num_res_blocks=1,
+                            attention_resolutions=(), dropout=0.0, norm_groups=4)
+        spec = RunSpec(model, ScheduleConfig(), (8, 8, 1))
+        params = jax.jit(spec.model.init)(jax.random.key(0), jnp.zeros((8, 8, 1)), 0)["params"]
         params = jax.tree.map(lambda p: p + 0.01, params)
-        network = Network(model, linear_schedule(), (8, 8, 1), "uniform")
-        program = generate.image_program(
-            network, ddim_timesteps(1000, 10), lambda eta: ddim(eta))
+        program = image_program(spec, spec.timesteps(10), lambda eta: ddim(eta))
+        inputs = DrawInputs(RunParams(params, {}), jax.random.key(0), (1.0,))
         for batch_size in (8, 16):
-            images = generate.images(program, params, 21, batch_size, 0, 1.0)
+            images = draw_images(program, inputs, 21, batch_size)
             assert images.shape == (21, 8, 8, 1)
             print(" ".join(map(str, images.ravel())))
         x_T, keys = initial_noise(jax.random.key(5), jnp.arange(21), (8, 8, 1))
@@ -144,3 +144,142 @@ def test_over_devices_splits_only_the_arrays():
     got = f({"scale": jnp.float32(3)}, jnp.arange(4.0), jnp.ones(4))
     np.testing.assert_array_equal(got, [1, 4, 7, 10])
     assert isinstance(got, jax.Array)
+
+
+# ------------------------------------------------------------------- what train_step promises
+
+
+def test_on_8_devices_a_loss_sees_what_it_sees_on_one():
+    """Average, frozen arrays, its own state, key and places; what is frozen stays usable."""
+    out = in_process_with_devices(
+        8,
+        """
+        import functools, sys, jax, jax.numpy as jnp, numpy as np, optax
+        sys.path.insert(0, "tests")
+        from test_train import DECAY, RATE, contract_loss, contract_run
+        from ddim_jax import parallel, train
+        from ddim_jax.objectives import Frozen
+
+        rng = np.random.default_rng(2)
+        x, w, start = (rng.normal(size=size).astype(np.float32) for size in ((8, 3), 3, 3))
+        tx = optax.sgd(RATE)
+        state = parallel.replicate(train.init_train_state(
+            jax.random.key(7), jnp.asarray(start), tx,
+            loss_state={"mean": jnp.zeros(()), "count": jnp.zeros((), jnp.int32)}))
+        frozen = parallel.replicate(Frozen(objective={"w": jnp.asarray(w)}))
+        step = parallel.pmap_train_step(contract_loss, tx, ema_decay=DECAY)
+        before = state
+        for _ in range(5):
+            state, _ = step(state, parallel.shard({"x": x}), frozen)
+        assert before.params.is_deleted()  # donated, and yet
+        np.testing.assert_array_equal(frozen.objective["w"], np.tile(w, (8, 1)))
+
+        params, average, mean = contract_run(5, x, w, start)
+        got = parallel.unreplicate(state)
+        np.testing.assert_allclose(got.params, params, rtol=1e-4)
+        np.testing.assert_allclose(got.ema_params, average, rtol=1e-4)
+        np.testing.assert_allclose(got.loss_state["mean"], mean, rtol=1e-4)
+        assert got.loss_state["count"] == 5
+        for leaf in jax.tree.leaves((state.params, state.loss_state)):
+            leaf = np.asarray(leaf)  # all replicas alike, to the bit
+            assert (leaf == leaf[:1]).all()
+        print("same")
+        """,
+    )
+    assert out.strip() == "same"
+
+
+# ----------------------------------------------------------------------------- rows in batches
+
+
+def test_index_batches_cover_every_row_in_order():
+    got = [batch.tolist() for batch in parallel.index_batches(7, 3)]
+    assert got == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [batch.tolist() for batch in parallel.index_batches(7, 3, start=5)] == [[5, 6]]
+    assert [*parallel.index_batches(0, 3)] == [] == [*parallel.index_batches(3, 3, start=3)]
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+        parallel.index_batches(7, 0)
+
+
+@pytest.mark.parametrize("num_rows, batch_size, start", [(50, 7, 0), (50, 7, 9), (5, 16, 0)])
+def test_processes_share_the_rows_and_none_is_left_out(monkeypatch, num_rows, batch_size, start):
+    shares = []
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    for process in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        shares.append([*parallel.index_batches(num_rows, batch_size, start)])
+    rows = np.concatenate([batch for share in shares for batch in share])
+    np.testing.assert_array_equal(np.sort(rows), np.arange(start, num_rows))
+    # They take turns: the third batch is the third process's.
+    third = np.arange(start + 2 * batch_size, min(start + 3 * batch_size, num_rows))
+    np.testing.assert_array_equal(shares[2][0] if shares[2] else [], third)
+
+
+def test_any_number_of_rows_one_compilation_for_each_device_count():
+    """Rows that do not divide by the devices are filled up, and the filling is cut again."""
+    code = """
+        import jax, jax.numpy as jnp, numpy as np
+        from ddim_jax import parallel
+
+        def check(num_rows, batch_size):
+            traces = []
+
+            def program(params, x, i):
+                traces.append(x.shape)
+                return {"affine": params["w"] * x + i[:, None], "row": i}
+
+            rng = np.random.default_rng(num_rows)
+            x, i = rng.normal(size=(num_rows, 2)).astype(np.float32), np.arange(num_rows)
+            run, params = parallel.over_devices(program), {"w": jnp.float32(3)}
+            got = parallel.map_rows(run, params, batch_size, x, i)
+            assert all(isinstance(leaf, np.ndarray) for leaf in got.values())
+            np.testing.assert_array_equal(got["row"], i)
+            np.testing.assert_allclose(got["affine"], 3 * x + i[:, None], rtol=1e-6)
+            batches = [(x[n : n + batch_size], i[n : n + batch_size])
+                       for n in range(0, num_rows, batch_size)]
+            parts = list(parallel.map_batches(run, params, batches))
+            assert [len(part["row"]) for part in parts] == [len(rows[0]) for rows in batches]
+            np.testing.assert_array_equal(np.concatenate([p["row"] for p in parts]), i)
+            assert len(traces) == 1, traces  # the short last batch needs no program of its own
+            assert traces[0][0] % jax.local_device_count() == 0
+
+        for num_rows, batch_size in [(1, 4), (7, 16), (8, 8), (19, 8), (21, 5), (16, 16)]:
+            check(num_rows, batch_size)
+        print("cut")
+    """
+    for devices in (1, 8):
+        assert in_process_with_devices(devices, code).strip() == "cut"
+
+
+def test_a_batch_is_an_array_or_a_tuple_and_a_larger_one_may_follow():
+    run = jax.jit(lambda params, x: (params + x, x.sum(-1)))
+    batches = [np.ones((2, 3)), (np.full((5, 3), 2.0),), jnp.zeros((1, 3))]
+    got = list(parallel.map_batches(run, 10, batches))
+    assert [whole.shape for whole, _ in got] == [(2, 3), (5, 3), (1, 3)]
+    np.testing.assert_array_equal(
+        np.concatenate([sums for _, sums in got]), [3] * 2 + [6] * 5 + [0]
+    )
+    assert list(parallel.map_batches(run, 10, [])) == []
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_so_many_batches_compute_ahead_of_the_one_handed_out(ahead):
+    begun = []
+
+    def program(params, x):
+        begun.append(int(x[0]))
+        return x + params
+
+    results = parallel.map_batches(program, 100, (np.full(1, i) for i in range(6)), ahead=ahead)
+    assert begun == []
+    for i in range(6):
+        assert next(results).tolist() == [100 + i]
+        assert len(begun) == min(6, i + 1 + ahead)
+    assert next(results, None) is None and begun == [*range(6)]
+
+
+def test_rows_are_taken_at_least_one_at_a_time():
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+        parallel.map_rows(lambda params, x: x, None, 0, np.ones(3))
+    with pytest.raises(ValueError, match="arrays must have at least one row; got none"):
+        parallel.map_rows(lambda params, x: x, None, 4, np.ones((0, 3)))

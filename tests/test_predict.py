@@ -12,15 +12,7 @@ from hypothesis import strategies as st
 from refusals import refused
 
 import ddim_jax as dj
-from ddim_jax.predict import (
-    as_level,
-    check_floating,
-    clip_epsilon,
-    expand_level,
-    noise_kept,
-    predict_noise,
-    safe_sqrt,
-)
+from ddim_jax.predict import as_prediction, clip_prediction, predict, predict_noise
 
 PAIRS = list(itertools.permutations(reference.PREDICTIONS, 2))
 CONVERTERS = {(a, b): getattr(dj, f"{a}_to_{b}") for a, b in PAIRS}
@@ -160,51 +152,113 @@ def test_integer_data_is_refused(source, target):
         CONVERTERS[source, target](jnp.zeros(4), image, 0.5)
 
 
-# --------------------------------------------------------------------------------------- helpers
+# -------------------------------------------------------------------------------------- velocity
 
 
-def test_levels_are_at_least_float32_and_not_weak():
-    for level in (0.5, np.float16(0.5), jnp.bfloat16(0.5), jnp.float16(0.5)):
-        assert as_level(level).dtype == jnp.float32
-        assert (jnp.ones(2, jnp.bfloat16) * as_level(level)).dtype == jnp.float32
+@given(log_snr=st.floats(-10, 10), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=30)
+def test_velocity_is_the_v_of_a_noised_example(log_snr, seed):
+    ab = float(np.float32(1 / (1 + np.exp(-log_snr))))
+    x0, eps = np.random.default_rng(seed).normal(size=(2, 20)).astype(np.float32)
+    v = jax.jit(dj.velocity)(x0, eps, ab)
+    np.testing.assert_allclose(v, np.sqrt(ab) * eps - np.sqrt(1 - ab) * x0, atol=1e-6)
+    x_t = np.float32(reference.add_noise(x0, eps, ab))
+    np.testing.assert_allclose(JITTED["v", "x0"](v, x_t, ab), x0, atol=2e-6)
+    np.testing.assert_allclose(JITTED["v", "epsilon"](v, x_t, ab), eps, atol=2e-6)
 
 
-def test_expand_level_appends_axes():
-    x = jnp.zeros((2, 3, 4))
-    assert expand_level(jnp.ones(2), x).shape == (2, 1, 1)
-    assert expand_level(jnp.ones((2, 3)), x).shape == (2, 3, 1)
-    assert expand_level(1.0, x).shape == (1, 1, 1)
+def test_velocity_at_both_ends_and_for_each_example():
+    np.testing.assert_array_equal(dj.velocity(VALUE, X_T, 0.0), -VALUE)
+    np.testing.assert_array_equal(dj.velocity(VALUE, X_T, 1.0), X_T)
+    each = dj.velocity(VALUE, X_T, jnp.array([0.0, 0.5, 1.0]))
+    np.testing.assert_allclose(each[1], (X_T[1] - VALUE[1]) / np.sqrt(2), atol=1e-6)
+    assert dj.velocity(VALUE.astype(jnp.bfloat16), X_T, 0.3).dtype == jnp.bfloat16
+    with refused(r"eps must have the data's shape \(3, 4, 2\); got \(4, 2\)"):
+        dj.velocity(VALUE, X_T[0], 0.5)
 
 
-def test_safe_sqrt_and_its_gradient():
-    x = jnp.array([-1.0, 0.0, 4.0, jnp.nan, jnp.inf])
-    np.testing.assert_array_equal(safe_sqrt(x), [0, 0, 2, np.nan, np.inf])
-    np.testing.assert_array_equal(jax.vmap(jax.grad(safe_sqrt))(x[:3]), [0, 0, 0.25])
-
-
-def test_noise_kept_is_nan_where_no_process_has_this_sigma():
-    np.testing.assert_allclose(noise_kept(0.75, 0.3), 0.4, rtol=1e-6)
-    assert noise_kept(0.75, 0.5) == 0 and noise_kept(1.0, 0.0) == 0
-    assert np.isnan(noise_kept(0.75, 0.51))
+# ---------------------------------------------------------------------------------------- pairs
 
 
 @given(log_snr=st.floats(-8, 9), seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=30)
-def test_clip_epsilon_clips_the_data_it_stands_for(log_snr, seed):
+def test_clip_prediction_clips_the_data_and_the_eps_that_stands_for_it(log_snr, seed):
     ab = float(np.float32(1 / (1 + np.exp(-log_snr))))
     x_t, eps = np.random.default_rng(seed).normal(size=(2, 50)).astype(np.float32)
-    clipped = np.asarray(jax.jit(clip_epsilon)(eps, x_t, ab))
+    pair = jax.jit(lambda e, x: clip_prediction(as_prediction(e, x, ab), x, ab))(eps, x_t)
+    clipped = np.asarray(pair.eps)
     want = np.clip(reference.convert("epsilon", "x0", eps, x_t, ab), -1, 1)
     got = reference.convert("epsilon", "x0", clipped.astype(np.float64), x_t, ab)
     np.testing.assert_allclose(got, want, atol=2e-6 / np.sqrt(min(ab, 1 - ab)))
+    np.testing.assert_allclose(pair.x0, want, atol=1e-6 / np.sqrt(ab))
+    assert np.abs(pair.x0).max() <= 1
     inside = np.abs(reference.convert("epsilon", "x0", eps, x_t, ab)) < 0.999
     np.testing.assert_array_equal(clipped[inside], eps[inside])
 
 
-def test_clip_epsilon_to_other_bounds():
+def test_clip_prediction_to_other_bounds():
     eps, x_t = jnp.zeros(3), jnp.array([-3.0, 0.1, 3.0])
-    clipped = clip_epsilon(eps, x_t, 0.25, low=0.0, high=2.0)
-    np.testing.assert_allclose(dj.epsilon_to_x0(clipped, x_t, 0.25), [0.0, 0.2, 2.0], atol=1e-6)
+    pair = clip_prediction(as_prediction(eps, x_t, 0.25), x_t, 0.25, low=0.0, high=2.0)
+    np.testing.assert_allclose(pair.x0, [0.0, 0.2, 2.0], atol=1e-6)
+    np.testing.assert_allclose(dj.epsilon_to_x0(pair.eps, x_t, 0.25), [0.0, 0.2, 2.0], atol=1e-6)
+
+
+def test_clip_prediction_works_where_there_is_no_signal_and_leaves_what_is_inside():
+    """At alpha_bar = 0 the eps that goes with any x0 is x_t itself."""
+    x_t, said = jnp.array([5.0, -5.0, 0.5]), jnp.array([7.0, 7.0, 7.0])
+    pair = clip_prediction(dj.Prediction(jnp.array([3.0, -0.5, 1.0]), said), x_t, 0.0)
+    np.testing.assert_array_equal(pair.x0, [1.0, -0.5, 1.0])
+    np.testing.assert_array_equal(pair.eps, [5.0, 7.0, 7.0])
+    unbounded = clip_prediction(dj.Prediction(x_t, said), x_t, 0.5, -jnp.inf, jnp.inf)
+    np.testing.assert_array_equal(unbounded.x0, x_t)
+    np.testing.assert_array_equal(unbounded.eps, said)
+
+
+@pytest.mark.parametrize("ab", [0.9999, 0.5, 4.0358e-5])
+def test_predict_makes_the_pair_of_an_eps(ab):
+    ab = float(np.float32(ab))
+    got = jax.jit(lambda x: predict(lambda x, t: VALUE * (t + 1), x, jnp.int32(0), ab))(X_T)
+    assert isinstance(got, dj.Prediction)
+    np.testing.assert_array_equal(got.eps, VALUE)
+    want = reference.convert("epsilon", "x0", VALUE, X_T, ab)
+    np.testing.assert_allclose(got.x0, want, atol=1e-6 / np.sqrt(ab))
+
+
+def test_predict_hands_a_pair_on_as_it_is():
+    def network(x, t):
+        return dj.Prediction(2 * x, 3 * x + t)
+
+    x0, eps = predict(network, X_T, jnp.int32(5), 0.5)
+    np.testing.assert_array_equal(x0, 2 * X_T)
+    np.testing.assert_array_equal(eps, 3 * X_T + 5)
+    np.testing.assert_array_equal(predict_noise(network, X_T, jnp.int32(5)), 3 * X_T + 5)
+
+
+def test_the_data_that_goes_with_bfloat16_noise_is_float32():
+    x, eps, ab = X_T.astype(jnp.bfloat16), VALUE.astype(jnp.bfloat16), float(np.float32(0.9999))
+    got = predict(lambda x, t: eps, x, 0, ab)
+    assert got.x0.dtype == jnp.float32
+    want = reference.convert("epsilon", "x0", np.float64(eps), np.float64(x), ab)
+    np.testing.assert_allclose(got.x0, want, atol=1e-6)
+
+
+def test_a_step_and_a_network_say_what_shape_they_want_of_a_pair():
+    for field in ("x0", "eps"):
+        pair = dj.Prediction(VALUE, VALUE)._replace(**{field: VALUE[:1]})
+        with refused(rf"eps.{field} must have the data's shape \(3, 4, 2\); got \(1, 4, 2\)"):
+            as_prediction(pair, X_T, 0.5)
+        for ask in (predict_noise, lambda f, x, t: predict(f, x, t, 0.5)):
+            with refused(r"eps_fn must return an array of x's shape \(3, 4, 2\); got \(1, 4, 2\)"):
+                ask(lambda x, t, pair=pair: pair, X_T, 0)
+
+
+@pytest.mark.parametrize("answer", [None, "eps", [1.0], (X_T, X_T), {"sample": X_T}])
+def test_what_is_neither_an_array_nor_a_pair_is_refused(answer):
+    kind = type(answer).__name__
+    with refused(rf"eps_fn must return an array or a Prediction of two; got {kind}"):
+        predict_noise(lambda x, t: answer, X_T, 0)
+    with refused("eps_fn must return an array or a Prediction of two; got"):
+        predict(lambda x, t: dj.Prediction(x, answer), X_T, 0, 0.5)
 
 
 def test_predict_noise_refuses_another_shape():
@@ -213,8 +267,3 @@ def test_predict_noise_refuses_another_shape():
     with refused(r"eps_fn must return an array of x's shape \(2, 8, 8, 3\); got \(2, 8, 8, 6\)"):
         doubled(x)
     np.testing.assert_array_equal(predict_noise(lambda x, t: x + t, x, jnp.int32(3)), x + 3)
-
-
-def test_check_floating_takes_every_float():
-    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-        check_floating("x", jnp.zeros(1, dtype))

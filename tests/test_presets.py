@@ -5,10 +5,13 @@ import pytest
 
 pytest.importorskip("tyro")
 
+import tyro
 from convert import IMAGE_SHAPES
-from presets import PRESETS, ScheduleConfig
+from presets import PRESETS
 
-from ddim_jax.convert.tensors import parameter_shapes
+from ddim_jax.objectives import Denoising
+from ddim_jax.runs import ScheduleConfig
+from ddim_jax.unet import parameter_shapes
 
 # channel_mults, dropout, EMA decay, batch, rate, clipping, sub-sequence, steps, parameters
 CIFAR10 = (1, 2, 2, 2), 0.1, 0.9999, 128, 2e-4, 1.0, "quadratic", 790_000, 35_746_307
@@ -29,16 +32,39 @@ def test_published_configurations(name, published):
     assert (model.num_res_blocks, model.attention_resolutions) == (2, (16,))
     assert (config.ema_decay, config.batch_size, config.learning_rate) == (
         ema_decay, batch_size, rate)  # fmt: skip
-    assert (config.clip_norm, config.spacing, config.flip) == (clip_norm, spacing, True)
+    assert (config.clip_norm, config.spacing, config.objective.flip) == (clip_norm, spacing, True)
     assert steps in (None, config.max_steps)
     assert config.schedule == ScheduleConfig("linear", 1000, 1e-4, 0.02)
-    size, _, channels = IMAGE_SHAPES[name]
-    shapes = parameter_shapes(model.make(channels), size)
+    image_shape = IMAGE_SHAPES[name]
+    shapes = parameter_shapes(model.make(image_shape[-1]), image_shape)
     assert sum(shape.size for shape in jax.tree.leaves(shapes)) == parameters
 
 
 def test_the_two_recipes_differ_where_the_two_codes_do():
     ddpm, torch = PRESETS["cifar10"][1], PRESETS["cifar10-torch-recipe"][1]
-    assert (ddpm.reduction, ddpm.timesteps, ddpm.warmup_steps) == ("mean", "independent", 5000)
-    assert (torch.reduction, torch.timesteps, torch.warmup_steps) == ("sum", "antithetic", 0)
+    ours, theirs = ddpm.objective, torch.objective
+    assert (ours.reduction, ours.timesteps, ddpm.warmup_steps) == ("mean", "independent", 5000)
+    assert (theirs.reduction, theirs.timesteps, torch.warmup_steps) == ("sum", "antithetic", 0)
     assert ddpm.model == torch.model
+
+
+def test_digits_v_differs_from_digits_in_its_noise_alone():
+    """v, on a schedule whose last level is pure noise, which a trailing sub-sequence visits."""
+    digits, digits_v = PRESETS["digits"][1], PRESETS["digits-v"][1]
+    spec = digits_v.spec((8, 8, 1))
+    assert spec.predicts == "v"
+    assert float(spec.schedule.alpha_bar(999)) == 0
+    assert spec.timesteps(10)[0] == 999
+    for name in ("data", "model", "batch_size", "learning_rate", "max_steps", "objective"):
+        assert getattr(digits, name) == getattr(digits_v, name), name
+
+
+def test_options_of_the_objective_stand_beside_the_others():
+    arguments = ["digits", "--workdir", "w", "--reduction", "sum", "--label-dropout", "0.2",
+                 "--flip", "--predicts", "v", "--schedule.zero-terminal-snr",
+                 "--model.channels", "16", "--init-from", "there"]  # fmt: skip
+    config = tyro.extras.overridable_config_cli(PRESETS, args=arguments)
+    assert config.objective == Denoising(reduction="sum", label_dropout=0.2, flip=True)
+    assert (config.workdir, config.predicts, config.init_from) == ("w", "v", "there")
+    assert config.schedule == ScheduleConfig(zero_terminal_snr=True)
+    assert config.model.channels == 16 and config.batch_size == 64  # the preset's

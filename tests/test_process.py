@@ -44,6 +44,18 @@ def test_add_noise_at_clean_data_and_outside_the_schedule():
     assert np.isnan(got).all(axis=(1, 2, 3)).tolist() == [False, True, False]
 
 
+def test_pure_noise_holds_nothing_of_the_data():
+    """alpha_bar = 0: x_t is the noise, and the posterior is the marginal of x_prev given x0."""
+    schedule = dj.zero_terminal_snr(SCHEDULE)
+    np.testing.assert_array_equal(dj.add_noise(schedule, X0, EPS, 999), EPS)
+    ab_prev, sigma = 0.3, 0.5
+    mean, variance = ddpm_posterior(X0, EPS, 0.0, ab_prev)
+    np.testing.assert_allclose(mean, np.sqrt(ab_prev) * np.float64(X0), atol=1e-6)
+    np.testing.assert_allclose(variance, 1 - ab_prev, rtol=1e-6)
+    want = np.sqrt(ab_prev) * np.float64(X0) + np.sqrt(1 - ab_prev - sigma**2) * EPS
+    np.testing.assert_allclose(posterior_mean(X0, EPS, 0.0, ab_prev, sigma), want, atol=1e-6)
+
+
 def test_add_noise_keeps_the_variance_of_normal_data():
     x0, eps = jax.random.normal(jax.random.key(0), (2, 100_000))
     for t in (0, 300, 999):

@@ -49,18 +49,20 @@ def recorded(kind, noise, eta):
     def step(key, state, eps_fn, schedule, t, t_prev):
         ab, ab_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
         eps, z = eps_fn(state.x, t), noise[state.i]
+        x0 = dj.epsilon_to_x0(eps, state.x, ab)
         match kind:
             case "eta":
                 x = dj.ddim_step(state.x, eps, ab, ab_prev, eta=eta, noise=z)
             case "sigma_hat":
                 x = dj.sigma_hat_step(state.x, eps, ab, ab_prev, noise=z)
-                eps = dj.clip_x0(eps_fn, schedule)(state.x, t)
+                x0 = dj.clip_x0(eps_fn, schedule)(state.x, t).x0
             case "clip_data":
-                x = dj.ddim_step_clip_data(state.x, eps, ab, ab_prev, eta=eta, noise=z)
+                pair = dj.clip_x0_keep_eps(eps_fn, schedule)(state.x, t)
+                x = dj.ddim_step(state.x, pair, ab, ab_prev, eta=eta, noise=z)
+                x0 = pair.x0
             case variance:
                 x = dj.ddpm_step(state.x, eps, ab, ab_prev, noise=z, variance=variance)
-        x0 = dj.epsilon_to_x0(eps, state.x, ab)
-        return Recorded(x, jnp.clip(x0, -1, 1) if kind == "clip_data" else x0, state.i + 1)
+        return Recorded(x, x0, state.i + 1)
 
     return dj.Sampler(init, step)
 
@@ -71,19 +73,19 @@ def replay(kind, x_T, timesteps, noise, eta):
     return dj.sample_trajectory(None, eps_fn, SCHEDULE, x_T, timesteps, sampler)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def draw(sampler, key, x_T, timesteps):
-    return dj.sample_trajectory(key, eps_fn, SCHEDULE, x_T, timesteps, sampler)
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def draw(sampler, key, x_T, timesteps, network=eps_fn):
+    return dj.sample_trajectory(key, network, SCHEDULE, x_T, timesteps, sampler)
 
 
 @jax.jit
 def draw_eta(key, x_T, timesteps, eta, sigma_hat):
-    sampler = dj.ddim(eta, sigma_hat=sigma_hat)
+    sampler = dj.ddim_or_sigma_hat(eta, sigma_hat)
     return dj.sample_trajectory(key, eps_fn, SCHEDULE, x_T, timesteps, sampler)
 
 
-DDIM, DDPM = dj.ddim(), dj.ddpm()
-CLIP_DATA, SIGMA_HAT = dj.ddim_clip_data(), dj.ddim(sigma_hat=True)
+DDIM, DDPM, SIGMA_HAT = dj.ddim(), dj.ddpm(), dj.sigma_hat()
+KEEPS_EPS = dj.clip_x0_keep_eps(eps_fn, SCHEDULE)
 
 GRIDS = [("uniform", 10), ("uniform", 20), ("uniform", 50), ("quad", 10), ("quad", 20)]
 
@@ -121,7 +123,7 @@ def test_the_trajectories_of_diffusers(golden, clip, S, eta):
     states, _ = replay("clip_data" if clip else "eta", x_T, timesteps, noise, eta)
     np.testing.assert_allclose(states[-1], x_0, atol=1e-4)
     if eta == 0:
-        states, _ = draw(CLIP_DATA if clip else DDIM, None, x_T, timesteps)
+        states, _ = draw(DDIM, None, x_T, timesteps, KEEPS_EPS if clip else eps_fn)
         np.testing.assert_allclose(states[-1], x_0, atol=1e-4)
 
 
@@ -146,16 +148,17 @@ def test_the_samplers_are_the_steps_with_standard_normal_noise():
         ("eta", 0.3, draw_eta(KEY, X_T, TIMESTEPS, 0.3, False)),
         ("eta", 1.0, draw_eta(KEY, X_T, TIMESTEPS, 1.0, False)),
         ("sigma_hat", 0.0, draw_eta(KEY, X_T, TIMESTEPS, 0.0, True)),
+        ("sigma_hat", 0.0, draw(SIGMA_HAT, KEY, X_T, TIMESTEPS)),
         ("fixed_large", 0.0, draw(dj.ddpm("fixed_large"), KEY, X_T, TIMESTEPS)),
-        ("clip_data", 0.5, draw(dj.ddim_clip_data(0.5), KEY, X_T, TIMESTEPS)),
+        ("clip_data", 0.5, draw(dj.ddim(0.5), KEY, X_T, TIMESTEPS, KEEPS_EPS)),
     ]:
         for a, b in zip(got, replay(kind, X_T, TIMESTEPS, noise, eta), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-3, err_msg=kind)
 
 
 def test_clip_data_clips_to_the_bounds_it_is_given():
-    sampler = dj.ddim_clip_data(low=0.0, high=0.25)
-    states, x0s = draw(sampler, None, X_T, TIMESTEPS)
+    network = dj.clip_x0_keep_eps(eps_fn, SCHEDULE, low=0.0, high=0.25)
+    states, x0s = draw(DDIM, None, X_T, TIMESTEPS, network)
     # The last step lands on the clipped prediction itself: in the bounds, and on both of them.
     for x in (states[-1], x0s[-1]):
         np.testing.assert_allclose((x.min(), x.max()), (0.0, 0.25), atol=1e-6)
@@ -242,12 +245,19 @@ def test_exactly_s_calls_for_every_s():
         check_calls(S)
 
 
-@pytest.mark.parametrize("sampler", [DDIM, dj.ddim(0.5), SIGMA_HAT, DDPM, CLIP_DATA])
-def test_the_network_is_called_along_the_list_and_nowhere_else(sampler):
+@pytest.mark.parametrize(
+    "sampler", [DDIM, dj.ddim(0.5), SIGMA_HAT, DDPM, dj.ddim_or_sigma_hat(0.5, True)]
+)
+@pytest.mark.parametrize("clips", [False, True])
+def test_the_network_is_called_along_the_list_and_nowhere_else(sampler, clips):
     timesteps = [997, 640, 640, 3]
     x_T = jnp.ones(2)
+
+    def wrap(f):
+        return dj.clip_x0_keep_eps(f, SCHEDULE) if clips else f
+
     for run in (dj.sample, lambda *args: dj.sample_trajectory(*args)[0]):
-        calls = visited(lambda f, r=run: r(KEY, f, SCHEDULE, x_T, timesteps, sampler), eps_fn)
+        calls = visited(lambda f, r=run: r(KEY, wrap(f), SCHEDULE, x_T, timesteps, sampler), eps_fn)
         assert calls == timesteps
 
 
@@ -286,7 +296,7 @@ def test_one_trace_for_each_number_of_steps_and_shape():
     @jax.jit
     def run(key, x_T, timesteps, eta, sigma_hat):
         traces.append((x_T.shape, timesteps.shape))
-        sampler = dj.ddim(eta, sigma_hat=sigma_hat)
+        sampler = dj.ddim_or_sigma_hat(eta, sigma_hat)
         return dj.sample(key, eps_fn, SCHEDULE, x_T, timesteps, sampler)
 
     for S, x_T in [(3, X_T), (5, X_T), (5, X_T[:1])]:
@@ -295,6 +305,35 @@ def test_one_trace_for_each_number_of_steps_and_shape():
                 run(KEY, x_T, dj.ddim_timesteps(1000, S, spacing), eta, False)
         run(jax.random.key(5), x_T, dj.ddim_timesteps(1000, S), 0.0, True)
     assert len(traces) == 3 and len(set(traces)) == 3
+
+
+def sines(program, *args):
+    """How often the compiled program holds the one sine of the network."""
+    return jax.jit(program).lower(*args).as_text().count("stablehlo.sine")
+
+
+def test_the_network_stands_once_in_the_program_of_all_rows():
+    def run(sampler):
+        return dj.sample(KEY, eps_fn, SCHEDULE, X_T, TIMESTEPS, sampler)
+
+    assert sines(lambda eta, flag: run(dj.ddim_or_sigma_hat(eta, flag)), 0.5, True) == 1
+    assert sines(lambda eta: run(dj.ddim(eta)), 0.5) == 1
+    assert sines(lambda: run(SIGMA_HAT)) == 1
+    assert sines(lambda: run(dj.heun())) == 2  # it can tell
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4])
+def test_the_flag_chooses_between_ddim_and_sigma_hat(eta):
+    """Known or traced, the flag gives what the sampler of that name gives."""
+    known = jax.jit(
+        lambda flag: draw(dj.ddim_or_sigma_hat(eta, flag), KEY, X_T, TIMESTEPS),
+        static_argnums=0,
+    )
+    for flag, sampler in [(False, dj.ddim(eta)), (True, SIGMA_HAT)]:
+        want = draw(sampler, KEY, X_T, TIMESTEPS)
+        for got in (known(flag), draw_eta(KEY, X_T, TIMESTEPS, eta, flag)):
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_traced_eta_and_flag_equal_known_ones():
@@ -307,6 +346,17 @@ def test_traced_eta_and_flag_equal_known_ones():
         known = draw(sampler, KEY, X_T, TIMESTEPS)
         for got, want in zip(traced, known, strict=True):
             np.testing.assert_allclose(got, want, atol=2e-4)
+        if not sigma_hat:
+            run = jax.jit(lambda eta: draw(dj.ddim(eta), KEY, X_T, TIMESTEPS))
+            for got, want in zip(run(eta), known, strict=True):
+                np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+def test_a_flag_may_be_mapped():
+    flags = jnp.array([False, True])
+    got, _ = jax.vmap(lambda flag: draw_eta(KEY, X_T, TIMESTEPS, 0.4, flag))(flags)
+    for i, sampler in enumerate([dj.ddim(0.4), SIGMA_HAT]):
+        np.testing.assert_allclose(got[i], draw(sampler, KEY, X_T, TIMESTEPS)[0], atol=2e-5)
 
 
 def test_known_arrays_are_known_numbers():
@@ -369,7 +419,7 @@ def test_old_style_keys_draw_the_same():
 def test_no_key_is_used_twice():
     x_T = jnp.zeros((2, 3))
     with jax.debug_key_reuse(True):
-        for sampler in (DDPM, SIGMA_HAT, dj.ddim_clip_data(0.5)):
+        for sampler in (DDPM, SIGMA_HAT, dj.ddim_or_sigma_hat(0.5, False)):
             for number in ((), (2,)):
                 keys = jax.random.split(jax.random.key(0), number)
                 jax.jit(lambda k, s=sampler: dj.sample(k, eps_fn, SCHEDULE, x_T, [9, 5, 0], s))(
@@ -500,8 +550,7 @@ def test_gradients_through_encode_and_sigma_hat_are_finite():
         return dj.encode(eps_fn, schedule, x, [999, 500, 0]).sum()
 
     def clipped(x, schedule):
-        sampler = dj.ddim(sigma_hat=True)
-        return dj.sample(KEY, eps_fn, schedule, x, [999, 500, 0], sampler).sum()
+        return dj.sample(KEY, eps_fn, schedule, x, [999, 500, 0], SIGMA_HAT).sum()
 
     for total in (encoded, clipped):
         grads = jax.jit(jax.grad(total, argnums=(0, 1)))(X_T, SCHEDULE)
@@ -565,7 +614,7 @@ def test_traced_timesteps_outside_the_schedule_give_nan():
 
 
 def test_eta_below_zero_is_refused_when_the_sampler_is_built():
-    for make in (dj.ddim, dj.ddim_clip_data):
+    for make in (dj.ddim, lambda eta: dj.ddim_or_sigma_hat(eta, True)):
         for eta in (-0.5, float("nan"), jnp.array([0.0, -1.0])):
             with refused(r"eta must be at least 0 \(0 is DDIM, 1 is DDPM\); got"):
                 make(eta)
@@ -574,15 +623,13 @@ def test_eta_below_zero_is_refused_when_the_sampler_is_built():
 def test_other_bad_arguments_are_refused_when_the_sampler_is_built():
     with refused("variance must be one of .*fixed_small.*fixed_large.*; got 'fixed'"):
         dj.ddpm("fixed")
-    with refused("low must be below high; got low=1.0, high=0.0"):
-        dj.ddim_clip_data(low=1.0, high=0.0)
-    with refused(r"sigma_hat must be one flag; got shape \(2,\)"):
-        dj.ddim(sigma_hat=jnp.array([True, False]))
+    with refused(r"is_sigma_hat must be one flag; got shape \(2,\)"):
+        dj.ddim_or_sigma_hat(0.0, jnp.array([True, False]))
 
 
 @pytest.mark.parametrize(
     "sampler",
-    [dj.ddim(0.1), SIGMA_HAT, DDPM, dj.ddim_clip_data(1.0)],
+    [dj.ddim(0.1), SIGMA_HAT, DDPM, dj.ddim_or_sigma_hat(0.0, False)],
 )
 def test_a_sampler_that_draws_noise_needs_a_key(sampler):
     for key in (None, 0):
@@ -603,9 +650,11 @@ def test_a_wrong_number_of_keys_is_refused():
 
 def test_a_network_of_another_shape_is_refused():
     for network in (lambda x, t: x[:1], lambda x, t: jnp.concatenate([x, x], -1)):
-        for sampler in (DDIM, SIGMA_HAT, DDPM, CLIP_DATA):
+        for sampler in (DDIM, SIGMA_HAT, DDPM):
             with refused(r"eps_fn must return an array of x's shape \(2, 16, 16, 3\); got"):
                 sample(network=network, sampler=sampler)
+        with refused(r"eps must have the data's shape \(2, 16, 16, 3\); got"):
+            sample(network=dj.clip_x0_keep_eps(network, SCHEDULE))
         with refused("eps_fn must return an array of x's shape"):
             dj.encode(network, SCHEDULE, X_T, [5, 0])
 
@@ -623,15 +672,18 @@ def test_what_is_no_sampler_or_no_array_is_refused():
         sample(sampler=dj.ddim)
     with refused("x_T must be an array; got list"):
         sample(x_T=[0.0, 1.0])
-    with refused("eps_fn must return an array; got tuple"):
+    with refused("eps_fn must return an array or a Prediction of two; got tuple"):
         sample(network=lambda x, t: (x, x))
+    with refused("sampler must be one of ddim, sigma_hat.*got 'euler'"):
+        dj.named_sampler("euler")
 
 
 def test_encoding_a_clipped_network_is_refused():
-    clipped = dj.clip_x0(eps_fn, SCHEDULE)
-    for encode in (dj.encode, dj.encode_fixed_point):
-        with refused("eps_fn must not clip its data prediction when encoding.*Pass the network"):
-            encode(clipped, SCHEDULE, X_T, [5, 0])
+    for clip in (dj.clip_x0, dj.clip_x0_keep_eps):
+        clipped = clip(eps_fn, SCHEDULE)
+        for encode in (dj.encode, dj.encode_fixed_point):
+            with refused("eps_fn must not clip its data prediction when encoding.*Pass the netw"):
+                encode(clipped, SCHEDULE, X_T, [5, 0])
 
 
 def test_an_eta_of_another_shape_is_refused():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from refusals import refused, unchecked
 
 import ddim_jax as dj
-from ddim_jax.schedule import Spacing, check_timesteps
+from ddim_jax.schedule import Spacing, zero_terminal_snr
 
 SPACINGS = Spacing.__args__
 SCHEDULE = dj.linear_schedule()
@@ -170,6 +170,67 @@ def test_schedule_is_frozen():
         SCHEDULE.alphas_cumprod = jnp.ones(3)
 
 
+# ------------------------------------------------------------------------------- the protocol
+
+
+def test_a_schedule_is_a_noise_schedule():
+    assert isinstance(SCHEDULE, dj.NoiseSchedule)
+    assert not isinstance(np.asarray(SCHEDULE.alphas_cumprod), dj.NoiseSchedule)
+
+
+def test_minus_one_is_clean_data_and_nothing_else_is():
+    assert SCHEDULE.clean == -1
+    t = jnp.arange(-1, 1000)
+    np.testing.assert_array_equal(jax.jit(SCHEDULE.is_clean)(t), np.arange(-1, 1000) == -1)
+    assert SCHEDULE.alpha_bar(SCHEDULE.clean) == 1 and SCHEDULE.noise_variance(SCHEDULE.clean) == 0
+
+
+def test_timesteps_are_those_of_its_length():
+    for spacing in SPACINGS:
+        want = dj.ddim_timesteps(400, 7, spacing)
+        np.testing.assert_array_equal(dj.linear_schedule(400).timesteps(7, spacing), want)
+    np.testing.assert_array_equal(SCHEDULE.timesteps(5), [800, 600, 400, 200, 0])
+    with refused(r"num_sample_steps must be an integer in \[1, 400\].*got 401"):
+        dj.linear_schedule(400).timesteps(401)
+
+
+def test_times_are_drawn_uniformly_over_the_noisy_ones():
+    schedule = dj.linear_schedule(10)
+    t = np.asarray(jax.jit(lambda k: schedule.draw(k, (100, 200)))(jax.random.key(0)))
+    assert t.shape == (100, 200) and t.dtype == np.int32
+    counts = np.bincount(t.ravel(), minlength=10)
+    assert len(counts) == 10 and np.all(np.abs(counts - 2000) < 4 * np.sqrt(2000 * 0.9))
+    one = schedule.draw(jax.random.key(1))
+    assert one.shape == () and 0 <= one < 10
+
+
+def test_mirror_turns_the_schedule_round():
+    t = jnp.array([0, 1, 400, 999])
+    np.testing.assert_array_equal(SCHEDULE.mirror(t), [999, 998, 599, 0])
+    np.testing.assert_array_equal(SCHEDULE.mirror(SCHEDULE.mirror(t)), t)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [SCHEDULE, dj.scaled_linear_schedule(), dj.cosine_schedule(), zero_terminal_snr(SCHEDULE)],
+    ids=["linear", "scaled_linear", "cosine", "zero"],
+)
+def test_nearest_is_the_index_with_the_nearest_log_snr(schedule):
+    t = jnp.arange(1000)
+    log_snr = jax.jit(schedule.log_snr)(t)
+    nearest = jax.jit(schedule.nearest)
+    np.testing.assert_array_equal(nearest(log_snr), t)
+
+    exact = np.float64(log_snr)[:998]  # between two of these, a share of the way to the next
+    share = np.random.default_rng(0).uniform(0.05, 0.45, 997)
+    for shift, near in [(share, 0), (1 - share, 1)]:
+        between = exact[:-1] + shift * np.diff(exact)
+        np.testing.assert_array_equal(nearest(np.float32(between)), np.arange(997) + near)
+    np.testing.assert_array_equal(
+        nearest(np.float32([50, np.inf, -100, -np.inf])), [0, 0, 999, 999]
+    )
+
+
 # ---------------------------------------------------------------------------------- sub-sequences
 
 
@@ -207,7 +268,10 @@ def test_ddim_timesteps_for_any_schedule_length(num_steps, data, spacing):
     got = dj.ddim_timesteps(num_steps, S, spacing)
     assert got.shape == (S,) and np.all(np.diff(got) <= 0)
     assert got[-1] >= 0 and got[0] < num_steps
-    check_timesteps(got, num_steps)
+    levels = np.linspace(0.99, 0.01, num_steps, dtype=np.float32)
+    schedule = dj.Schedule(jnp.asarray(levels))
+    np.testing.assert_array_equal(schedule.timesteps(S, spacing), got)
+    np.testing.assert_array_equal(schedule.check_timesteps(got), got)
 
 
 def test_ddim_timesteps_can_be_written_to_and_owns_its_memory():
@@ -278,17 +342,73 @@ def test_betas_of_the_wrong_sign_are_refused():
 )
 def test_bad_timesteps_are_refused(timesteps, message):
     with refused(message):
-        check_timesteps(timesteps, 1000)
+        SCHEDULE.check_timesteps(timesteps)
 
 
 @pytest.mark.parametrize("bad", [np.zeros(2), np.int32(5), np.zeros((1, 2), int)])
 def test_traced_timesteps_of_another_rank_or_dtype_are_refused(bad):
     with refused("non-empty vector of integers"):
-        jax.jit(lambda t: check_timesteps(t, 1000))(bad)
+        jax.jit(SCHEDULE.check_timesteps)(bad)
 
 
 @pytest.mark.parametrize("good", [[5], [5, 5, 0], (999, 0), np.array([3, 2]), jnp.array([3, 2])])
 def test_good_timesteps_come_back_as_int32(good):
-    got = check_timesteps(good, 1000)
+    got = SCHEDULE.check_timesteps(good)
     assert got.dtype == jnp.int32
     np.testing.assert_array_equal(got, np.asarray(good))
+
+
+# ----------------------------------------------------------------------------- zero terminal SNR
+
+
+def without_signal_at_the_end(betas):
+    """Lin et al. 2023, algorithm 1, in float64: the levels of the betas that it returns."""
+    root = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
+    first, last = root[0], root[-1]
+    root = (root - last) * (first / (first - last))
+    level = root**2
+    alphas = np.concatenate([level[:1], level[1:] / level[:-1]])
+    return np.cumprod(1 - (1 - alphas))
+
+
+@pytest.mark.parametrize(
+    "schedule, betas",
+    [
+        (dj.linear_schedule(), reference.linear_betas()),
+        (dj.linear_schedule(7, 0.01, 0.3), reference.linear_betas(7, 0.01, 0.3)),
+        (dj.scaled_linear_schedule(), reference.scaled_linear_betas()),
+        (dj.schedule_from_betas([0.5, 0.1, 0.9]), [0.5, 0.1, 0.9]),
+        (dj.schedule_from_betas([0.3, 0.2]), [0.3, 0.2]),
+    ],
+    ids=["linear", "linear-7", "scaled_linear", "from_betas", "two"],
+)
+def test_zero_terminal_snr_is_algorithm_1(schedule, betas):
+    got, want = zero_terminal_snr(schedule), without_signal_at_the_end(betas)
+    # At the noisy end the shift cancels two digits of the float32 tables; at the clean end none.
+    np.testing.assert_allclose(got.alphas_cumprod, want, rtol=2e-5)
+    np.testing.assert_allclose(got.noise_variances, 1 - want, rtol=2**-23)
+
+
+@pytest.mark.parametrize(
+    "schedule", [SCHEDULE, dj.cosine_schedule(), dj.Schedule(SCHEDULE.alphas_cumprod)]
+)
+def test_zero_terminal_snr_ends_in_noise_and_keeps_the_first_level(schedule):
+    got = zero_terminal_snr(schedule)
+    assert got.alpha_bar(999) == 0 and got.noise_variance(999) == 1
+    assert got.log_snr(999) == -math.inf
+    assert got.alpha_bar(0) == schedule.alpha_bar(0)
+    assert got.noise_variance(0) == schedule.noise_variance(0)
+    assert got.alphas_cumprod.dtype == got.noise_variances.dtype == jnp.float32
+
+
+@given(betas=st.lists(st.floats(1e-5, 0.5), min_size=2, max_size=40))
+@settings(deadline=None, max_examples=40)
+def test_zero_terminal_snr_of_any_betas_falls_strictly_to_0(betas):
+    before = np.asarray(dj.schedule_from_betas(betas).alphas_cumprod)
+    after = np.asarray(zero_terminal_snr(dj.schedule_from_betas(betas)).alphas_cumprod)
+    assert after[-1] == 0 and np.all(np.diff(after) < 0) and np.all(after <= before)
+
+
+def test_zero_terminal_snr_needs_a_first_and_a_last_step():
+    with refused("schedule must have at least 2 steps.* got 1"):
+        zero_terminal_snr(dj.linear_schedule(1))

@@ -1,6 +1,7 @@
 """One reverse step: against the paper's equations in float64, and by what the maths promises."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,16 @@ X, EPS, NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 4, 4, 3)
 TRANSITIONS = [(999, 949), (999, 0), (500, 499), (100, -1), (1, 0), (0, -1)]
 
 ddim_step = jax.jit(dj.ddim_step)
+
+
+def clip_data_step(x, eps, ab, ab_prev, *, eta=0.0, noise=None, low=-1.0, high=1.0):
+    """diffusers' `clip_sample`: a network that says eps, wrapped, and the step with its pair."""
+    levels = jnp.atleast_1d(jnp.asarray(ab, jnp.float32))
+    t = jnp.arange(levels.size).reshape(jnp.shape(ab))
+    wrapped = dj.clip_x0_keep_eps(lambda x, t: eps, dj.Schedule(levels), low, high)
+    return dj.ddim_step(x, wrapped(x, t), ab, ab_prev, eta=eta, noise=noise)
+
+
 by_transition = pytest.mark.parametrize("t, t_prev", TRANSITIONS)
 
 
@@ -142,7 +153,7 @@ def test_eta_may_be_traced_and_differ_between_examples():
 
 def test_levels_may_differ_between_examples():
     ab, ab_prev = jnp.array([0.1, 0.5]), jnp.array([0.4, 1.0])
-    for step in (dj.ddim_step, dj.ddim_step_clip_data, dj.ddpm_step, dj.sigma_hat_step):
+    for step in (dj.ddim_step, clip_data_step, dj.ddpm_step, dj.sigma_hat_step):
         both = jax.jit(step)(X, EPS, ab, ab_prev, noise=NOISE)
         each = jax.jit(jax.vmap(lambda x, e, a, p, z, step=step: step(x, e, a, p, noise=z)))
         np.testing.assert_allclose(both, each(X, EPS, ab, ab_prev, NOISE), atol=1e-5)
@@ -195,7 +206,7 @@ def test_sigma_hat_step_is_appendix_d3_with_the_published_clamp(t, t_prev):
 @by_transition
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_clip_data_step_clips_x0_and_keeps_eps(t, t_prev, eta):
-    got = jax.jit(dj.ddim_step_clip_data)(X, EPS, *levels(t, t_prev), eta=eta, noise=NOISE)
+    got = jax.jit(clip_data_step)(X, EPS, *levels(t, t_prev), eta=eta, noise=NOISE)
     want = reference.clip_data_step(X, EPS, *levels(t, t_prev), eta, NOISE)
     np.testing.assert_allclose(got, want, atol=5e-4)
 
@@ -203,16 +214,103 @@ def test_clip_data_step_clips_x0_and_keeps_eps(t, t_prev, eta):
 def test_clip_data_step_without_a_cut_is_eq_12():
     x, eps = 0.1 * X, 0.1 * EPS
     want = dj.ddim_step(x, eps, 0.5, 0.6)
-    np.testing.assert_array_equal(dj.ddim_step_clip_data(x, eps, 0.5, 0.6), want)
-    wide = dj.ddim_step_clip_data(X, EPS, 0.1, 0.6, low=-100.0, high=100.0)
+    np.testing.assert_array_equal(clip_data_step(x, eps, 0.5, 0.6), want)
+    wide = clip_data_step(X, EPS, 0.1, 0.6, low=-100.0, high=100.0)
     np.testing.assert_array_equal(wide, dj.ddim_step(X, EPS, 0.1, 0.6))
+
+
+# ------------------------------------------------------------------------ a pair as prediction
+
+X0 = jnp.asarray(np.random.default_rng(1).uniform(-2, 2, size=X.shape), jnp.float32)
+SPOKEN = dj.Prediction(X0, EPS)  # any two arrays: what a step does with each of them shows
+
+
+def eq_12(ab, ab_prev, x0, eps, room, std):
+    """Eq. 12 in float64, with noise of another std than the mean leaves room for."""
+    x0, eps = np.float64(x0), np.float64(eps)
+    return (
+        math.sqrt(ab_prev) * x0
+        + math.sqrt(max(1 - ab_prev - room**2, 0)) * eps
+        + std * np.float64(NOISE)
+    )
+
+
+PAIR_TRANSITIONS = [*TRANSITIONS, ("zero", 949), ("zero", 0), ("zero", -1)]
+by_pair_transition = pytest.mark.parametrize("t, t_prev", PAIR_TRANSITIONS)
+
+
+def pair_levels(t, t_prev):
+    """The levels of t and t_prev; "zero" is alpha_bar = 0, pure noise."""
+    return 0.0 if t == "zero" else reference.level(TABLE, t), reference.level(TABLE, t_prev)
+
+
+@by_pair_transition
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_a_pair_is_used_as_it_is(t, t_prev, eta):
+    """Also at alpha_bar = 0, where x0 does not follow from eps."""
+    ab, ab_prev = pair_levels(t, t_prev)
+    sigma = reference.ddim_sigma(ab, ab_prev, eta)
+    got = ddim_step(X, SPOKEN, ab, ab_prev, eta=eta, noise=NOISE)
+    want = eq_12(ab, ab_prev, X0, EPS, sigma, sigma)
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=5e-5)
+
+
+@by_pair_transition
+def test_the_two_variances_and_sigma_hat_with_a_pair(t, t_prev):
+    ab, ab_prev = pair_levels(t, t_prev)
+    room = reference.ddim_sigma(ab, ab_prev, 1.0)
+    large = math.sqrt(1 - ab / ab_prev) if t_prev != -1 else 0.0
+    for variance, std in [("fixed_small", room), ("fixed_large", large)]:
+        got = dj.ddpm_step(X, SPOKEN, ab, ab_prev, noise=NOISE, variance=variance)
+        want = eq_12(ab, ab_prev, X0, EPS, room, std)
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=5e-5)
+
+    x0 = np.clip(np.float64(X0), -1, 1)
+    rederived = (np.float64(X) - math.sqrt(ab) * x0) / math.sqrt(1 - ab)
+    eps = np.where(x0 == np.float64(X0), np.float64(EPS), rederived)
+    got = dj.sigma_hat_step(X, SPOKEN, ab, ab_prev, noise=NOISE)
+    np.testing.assert_allclose(got, eq_12(ab, ab_prev, x0, eps, room, large), atol=5e-4)
+
+
+@by_transition
+def test_the_pair_of_an_eps_gives_the_step_of_that_eps(t, t_prev):
+    ab, ab_prev = levels(t, t_prev)
+    pair = dj.Prediction(dj.epsilon_to_x0(EPS, X, ab), EPS)
+    for step in (dj.ddim_step, dj.ddpm_step, dj.sigma_hat_step):
+        got = step(X, pair, ab, ab_prev, noise=NOISE)
+        np.testing.assert_array_equal(got, step(X, EPS, ab, ab_prev, noise=NOISE))
+
+
+def test_a_step_that_stands_still_at_pure_noise_leaves_x_unchanged():
+    """A repeated index at alpha_bar = 0: there eps is x, and no noise is added."""
+    assert dj.ddim_sigma(0.0, 0.0) == 0 and dj.ddim_sigma_hat(0.0, 0.0) == 0
+    for eta in (0.0, 1.0):
+        got = ddim_step(X, dj.Prediction(X0, X), 0.0, 0.0, eta=eta, noise=NOISE)
+        np.testing.assert_array_equal(got, X)
+
+
+def test_a_pair_meets_the_dtype_of_x():
+    x = X.astype(jnp.bfloat16)
+    for step in (dj.ddim_step, dj.ddpm_step, dj.sigma_hat_step):
+        got = step(x, SPOKEN, 0.999, 0.9999, noise=NOISE)
+        want = step(x.astype(jnp.float32), SPOKEN, 0.999, 0.9999, noise=NOISE)
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(got), want, rtol=2**-8)  # rounded once
+
+
+def test_either_half_of_a_pair_of_another_shape_is_refused():
+    for step in (dj.ddim_step, dj.ddpm_step, dj.sigma_hat_step):
+        for name, pair in [("x0", (X0[0], EPS)), ("eps", (X0, EPS[0]))]:
+            shapes = r"must have the data's shape \(2, 4, 4, 3\); got \(4, 4, 3\)"
+            with refused(rf"eps.{name} {shapes}"):
+                step(X, dj.Prediction(*pair), 0.5, 0.6, noise=NOISE)
 
 
 # ---------------------------------------------------------------------- shapes, dtypes, grad
 
 STEPS = {
     "ddim": lambda x, e, a, p, z: dj.ddim_step(x, e, a, p, eta=0.5, noise=z),
-    "clip_data": lambda x, e, a, p, z: dj.ddim_step_clip_data(x, e, a, p, eta=0.5, noise=z),
+    "clip_data": lambda x, e, a, p, z: clip_data_step(x, e, a, p, eta=0.5, noise=z),
     "ddpm": lambda x, e, a, p, z: dj.ddpm_step(x, e, a, p, noise=z),
     "ddpm_large": lambda x, e, a, p, z: dj.ddpm_step(x, e, a, p, noise=z, variance="fixed_large"),
     "sigma_hat": lambda x, e, a, p, z: dj.sigma_hat_step(x, e, a, p, noise=z),
@@ -277,7 +375,7 @@ def test_encoding_has_finite_gradients_at_clean_data():
 
 @pytest.mark.parametrize("eta", [-0.1, float("nan"), jnp.array([0.5, -0.5])])
 def test_negative_eta_is_refused(eta):
-    for step in (dj.ddim_step, dj.ddim_step_clip_data):
+    for step in (dj.ddim_step, clip_data_step):
         with refused(r"eta must be at least 0 \(0 is DDIM, 1 is DDPM\); got"):
             step(X, EPS, 0.5, 0.6, eta=eta, noise=NOISE)
     with refused(r"eta must be at least 0"):
@@ -285,7 +383,7 @@ def test_negative_eta_is_refused(eta):
 
 
 def test_eta_without_noise_is_refused_even_when_traced():
-    for step in (dj.ddim_step, dj.ddim_step_clip_data):
+    for step in (dj.ddim_step, clip_data_step):
         with refused(r"noise must be given when eta is not 0; got eta=0.5 and noise=None"):
             step(X, EPS, 0.5, 0.6, eta=0.5)
         with refused(r"noise must be given when eta is not 0"):
@@ -314,13 +412,8 @@ def test_an_eta_of_another_shape_is_refused():
 
 
 def test_unknown_variance_is_refused_with_the_valid_names():
-    with refused(r"variance must be one of \('fixed_small', 'fixed_large'\); got 'learned'"):
+    with refused(r"variance must be one of fixed_small, fixed_large; got 'learned'"):
         dj.ddpm_step(X, EPS, 0.5, 0.6, noise=NOISE, variance="learned")
-
-
-def test_crossed_bounds_are_refused():
-    with refused(r"low must be below high; got low=1.0, high=-1.0"):
-        dj.ddim_step_clip_data(X, EPS, 0.5, 0.6, low=1.0, high=-1.0)
 
 
 def test_is_zero_knows_what_it_knows():

@@ -1,7 +1,7 @@
-"""Statistics, classifier, sweep and report, run as their users run them on a tiny network."""
+"""Statistics, classifier and sweep, run as their users run them on a tiny network."""
 
 import dataclasses
-import html.parser
+import hashlib
 import json
 import os
 import pathlib
@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -23,23 +25,53 @@ import fid
 import fid_sweep
 import make_statistics
 import sample
-import sweep_report
-import train
 import train_classifier
-from test_experiments import ROOT, SMALL, script
+import tyro
+from common.sweep_draw import image_programs
+from common.sweep_store import Cell, read_results
+from presets import PRESETS
+from test_sweep_report import LINE
 
-from ddim_jax.data import load_images
-from ddim_jax.metrics.classifier import load_classifier
+from ddim_jax.data.load import load_images
+from ddim_jax.metrics.classifier import apply_classifier, load_classifier
 from ddim_jax.metrics.frechet import frechet_distance
+from ddim_jax.metrics.inception_score import inception_score
+from ddim_jax.metrics.kid import kid
+from ddim_jax.metrics.metric import Metric, Number
+from ddim_jax.metrics.precision_recall import density_coverage, precision_recall
 from ddim_jax.metrics.statistics import load_statistics
+from ddim_jax.metrics.table import METRICS
+from ddim_jax.runs import ModelConfig, fit, load_trained
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TINY = ModelConfig(
+    channels=8, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), norm_groups=4
+)
+SMALL = dataclasses.replace(
+    PRESETS["digits"][1],
+    model=TINY,
+    batch_size=16,
+    max_steps=6,
+    log_every=2,
+    sample_every=0,
+    checkpoint_every=100,
+)
+
+
+def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("model")
-    train.run(dataclasses.replace(SMALL, workdir=str(path)))
+    fit(dataclasses.replace(SMALL, workdir=str(path)))
     return path
 
 
@@ -47,8 +79,16 @@ def workdir(tmp_path_factory) -> pathlib.Path:
 def stats(tmp_path_factory) -> pathlib.Path:
     """Statistics of the digits' pixels."""
     path = tmp_path_factory.mktemp("stats") / "pixels.npz"
-    make_statistics.main(make_statistics.StatisticsConfig("digits", str(path), "pixels"))
+    statistics(path, "pixels", "frechet")
     return path
+
+
+def statistics(path, features: str, *metrics: str) -> None:
+    make_statistics.main(
+        make_statistics.StatisticsConfig(
+            data="digits", out=str(path), features=features, metrics=metrics
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +113,7 @@ def finished(config) -> fid_sweep.SweepConfig:
 
 def lines(out) -> list[dict]:
     """The results without the time they took."""
-    found = sweep_report.read_results(pathlib.Path(out))
+    found = read_results(pathlib.Path(out))
     assert all(line.pop("seconds") > 0 for line in found)
     return found
 
@@ -103,7 +143,7 @@ def test_statistics_are_of_every_image_once(stats):
 
 
 def test_the_statistics_script_leaves_the_standard_module_alone(tmp_path):
-    done = script("experiments/statistics.py", "digits", "--features", "pixels", "--out",
+    done = script("experiments/make_statistics.py", "digits", "--features", "pixels", "--out",
                   str(tmp_path / "s.npz"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "1797 images of digits" in done.stdout
@@ -116,7 +156,8 @@ def test_the_statistics_script_leaves_the_standard_module_alone(tmp_path):
 
 def test_each_cell_is_the_distance_of_the_images_sample_py_draws(finished, stats, tmp_path):
     reference = load_statistics(stats)
-    assert [line["eta"] for line in lines(finished.out)] == [0.0, "sigma_hat"]
+    rows = [(line["sampler"], line["eta"]) for line in lines(finished.out)]
+    assert rows == [("ddim", 0.0), ("sigma_hat", None)]
     for line in lines(finished.out):
         sample.main(
             sample.SampleConfig(
@@ -124,7 +165,7 @@ def test_each_cell_is_the_distance_of_the_images_sample_py_draws(finished, stats
                 out=str(tmp_path),
                 num_images=21,
                 num_sample_steps=3,
-                sigma_hat=line["eta"] == "sigma_hat",
+                sigma_hat=line["sampler"] == "sigma_hat",
                 save_npz=True,
             )
         )
@@ -133,23 +174,29 @@ def test_each_cell_is_the_distance_of_the_images_sample_py_draws(finished, stats
         want = frechet_distance(
             drawn.mean(axis=0), np.cov(drawn, rowvar=False), reference.mean, reference.cov
         )
-        assert line["distances"]["fd_pixels"] == pytest.approx(want, rel=1e-3)
+        assert line["values"]["fd_pixels"] == pytest.approx(want, rel=1e-3)
 
 
 def test_a_line_carries_its_protocol(finished, stats):
     line = lines(finished.out)[0]
+    assert line.keys() == LINE.keys() - {"seconds"}  # what the report's tests are told of lines
     measure = line["measures"]["fd_pixels"]
+    assert measure.keys() == LINE["measures"]["fd_pixels"].keys()
     assert measure["statistics_hash"] == load_statistics(stats).content_hash[:16]
     assert measure["dim"] == 64 and re.fullmatch("[0-9a-f]{16}", measure["network_hash"])
     assert line["weights"]["kind"] == "ema" and line["weights"]["step"] == 6
     assert (line["S"], line["num_samples"], line["spacing"]) == (3, 21, "uniform")
     assert line["rounding"] == "nearest" and line["device"] and line["versions"]["jax"]
+    run = load_trained(finished.workdir)
+    assert line["format"] == 2 and line["fingerprint_id"] == run.fingerprint_id
+    settings = json.loads((pathlib.Path(finished.out) / "sweep.json").read_text())
+    assert settings["format"] == 2 and settings["fingerprint"] == run.fingerprint
 
 
 def test_the_batch_size_does_not_matter(finished, tmp_path):
     fid_sweep.main(dataclasses.replace(finished, out=str(tmp_path), batch_size=21))
     for a, b in zip(lines(finished.out), lines(tmp_path), strict=True):
-        assert a["distances"]["fd_pixels"] == pytest.approx(b["distances"]["fd_pixels"], rel=1e-3)
+        assert a["values"]["fd_pixels"] == pytest.approx(b["values"]["fd_pixels"], rel=1e-3)
 
 
 def test_a_sweep_stopped_after_every_batch_ends_in_the_same_bits(finished, tmp_path):
@@ -163,6 +210,22 @@ def test_a_sweep_stopped_after_every_batch_ends_in_the_same_bits(finished, tmp_p
     np.testing.assert_array_equal(*(np.asarray(PIL.Image.open(grid)) for grid in grids))
     fid_sweep.main(again)  # nothing left to do
     assert lines(tmp_path) == lines(finished.out)
+
+
+def test_a_cell_killed_before_its_line_is_written_is_not_drawn_again(
+    finished, tmp_path, monkeypatch
+):
+    mine = dataclasses.replace(finished, out=str(tmp_path), save_every=1)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(fid_sweep, "append_result", interrupted)
+        fid_sweep.main(mine)
+    assert progress(tmp_path) == (0, 21)
+    fid_sweep.main(mine)
+    assert lines(tmp_path) == lines(finished.out)
+
+
+def interrupted(*arguments):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.slow
@@ -179,7 +242,7 @@ def test_eight_devices_measure_what_one_does(finished, tmp_path):
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     for one, eight in zip(lines(finished.out), lines(tmp_path), strict=True):
         assert eight["device"].startswith("8 x")
-        assert eight["distances"] == pytest.approx(one["distances"], rel=1e-3)
+        assert eight["values"] == pytest.approx(one["values"], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -215,7 +278,7 @@ def test_a_killed_sweep_continues_to_the_same_bits(config, tmp_path):
 
 def progress(out: pathlib.Path) -> tuple[int, int]:
     """Finished cells, and images of the cell under way."""
-    cells = len(sweep_report.read_results(out))
+    cells = len(read_results(out))
     try:
         with np.load(out / "partial.npz") as file:
             return cells, int(file["count"])
@@ -229,7 +292,7 @@ def test_a_sweep_of_other_settings_is_refused_and_left_alone(finished):
         ({"num_samples": 22}, "num_samples is 21 there and 22 now"),
         ({"seed": 1}, "seed is 0 there and 1 now"),
         ({"batch_size": 4}, "batch_size is 12 there and 4 now"),
-        ({"weights": "raw"}, "weights is .*ema.* there and .*raw.* now"),
+        ({"weights": "raw"}, "weights.kind is .*ema.* there and .*raw.* now"),
     ):
         with pytest.raises(ValueError, match=message):
             fid_sweep.main(dataclasses.replace(finished, **change))
@@ -246,6 +309,15 @@ def test_a_sweep_of_other_settings_is_refused_and_left_alone(finished):
         ({"etas": (-1.0,)}, "eta must be at least 0"),
         ({"stats": ("no/such/file.npz",)}, "no/such/file.npz is not a file"),
         ({"workdir": "no/such/folder"}, "no config.json"),
+        ({"metrics": ("fid",)}, "metric must be one of frechet, kid.*got 'fid'"),
+        ({"metrics": ("kid",)}, "kid compares with kept_pool.*make_statistics.py --metrics kid"),
+        ({"metrics": ("inception_score",)}, "inception_score reads logits.*gives pool only"),
+        ({"kept_features": 1}, "kept_features must be at least 2"),
+        ({"samplers": ("ddim",)}, "samplers must not name ddim"),
+        ({"samplers": ("no",)}, "sampler must be one of ddim.*got 'no'"),
+        ({"samplers": ("sigma_hat",)}, "etas and samplers must be one or more different values"),
+        ({"spacing": "uniform", "spacings": ("uniform",)}, "must not both be given"),
+        ({"guidance_scales": (1.0, 3.0)}, "guidance_scale must be left out"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(config, change, message, tmp_path):
@@ -265,12 +337,12 @@ def test_a_refusal_is_one_line_and_exit_code_2(config, tmp_path):
 
 def test_the_distance_of_a_set_to_itself_is_zero(stats, tmp_path, capsys):
     np.savez(tmp_path / "images.npz", images=load_images("digits").take(np.arange(1797))["image"])
-    fid.main(fid.FidConfig(str(tmp_path / "images.npz"), str(stats)))
+    fid.main(fid.FidConfig(images=str(tmp_path / "images.npz"), stats=str(stats)))
     printed = capsys.readouterr().out
     assert float(re.match(r"fd_pixels ([\d.e-]+): N = 1797", printed)[1]) < 1e-6
     half = load_images("digits").take(np.arange(60))["image"]
     np.savez(tmp_path / "few.npz", images=half)
-    fid.main(fid.FidConfig(str(tmp_path / "few.npz"), str(stats)))
+    fid.main(fid.FidConfig(images=str(tmp_path / "few.npz"), stats=str(stats)))
     assert "N = 60 samples do not exceed the 64 feature dimensions" in capsys.readouterr().out
 
 
@@ -282,111 +354,341 @@ def test_a_classifier_measures_from_beside_its_statistics(tmp_path, capsys):
     trained = load_classifier(tmp_path / "classifier.safetensors")
     assert trained.metadata["test_accuracy"] > 0.3  # chance is 0.1
     path = str(tmp_path / "stats.npz")
-    make_statistics.main(make_statistics.StatisticsConfig("digits", path, "classifier"))
+    statistics(path, "classifier", "frechet")
     assert load_statistics(path).network_hash == trained.content_hash
-    fid.main(fid.FidConfig("digits", path))
+    fid.main(fid.FidConfig(images="digits", stats=path))
     assert re.search(r"fd_classifier ([\d.e-]+): N = 1797", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(
-    "paper, key, want",
-    [
-        ("cifar10", (100, 0.0), 4.16),
-        ("celeba64", (1000, "sigma_hat"), 3.26),
-        ("bedroom", (10, 1.0), 42.78),
-        ("church", (50, 0.0), 10.84),
-    ],
-)
-def test_the_papers_numbers_are_found(paper, key, want):
-    assert sweep_report.paper_values(paper)[key] == want
+# ------------------------------------------------------------------------- more rows, more columns
 
 
-def test_the_presets_are_the_papers_protocol():
-    for name, (_, preset) in fid_sweep.TABLES.items():
-        wanted = {(s, eta) for s in preset.steps for eta in preset.etas}
-        assert wanted == sweep_report.paper_values(preset.paper).keys(), name
-        assert preset.num_samples == 50_000
-        assert preset.spacing == ("quadratic" if name == "table1-cifar10" else "uniform")
+def test_a_sweep_goes_on_only_with_the_same_schedule(config, workdir, tmp_path):
+    """The folder's schedule is edited between two calls: its images are others from then on."""
+    model = tmp_path / "model"
+    shutil.copytree(workdir, model)
+    mine = dataclasses.replace(config, workdir=str(model), out=str(tmp_path / "out"), etas=(0.0,))
+    fid_sweep.main(mine)
+    described = json.loads((model / "config.json").read_text())
+    described["schedule"]["name"] = "cosine"
+    (model / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"schedule\.name is 'linear' there and 'cosine' now"):
+        fid_sweep.main(dataclasses.replace(mine, etas=(0.0, 1.0)))
+    assert len(lines(mine.out)) == 1
+
+
+def test_all_etas_share_one_program(workdir):
+    spec = load_trained(workdir).spec
+    plain = [Cell(3, "ddim", eta, 1.0, "uniform") for eta in (0.0, 0.5, 1.0)]
+    plain.append(Cell(3, "sigma_hat", None, 1.0, "uniform"))
+    assert len(image_programs(spec, plain)) == 1
+    others = [Cell(4, "ddim", 0.0, 1.0, "uniform"), Cell(3, "ddim", 0.0, 1.0, "quadratic")]
+    others.append(Cell(3, "heun", None, 1.0, "uniform"))
+    assert len(image_programs(spec, [*plain, *others])) == 4
+
+
+def test_cells_are_named_as_before_and_say_what_is_not_plain():
+    cell = Cell(10, "ddim", 0.0, 1.0, "quadratic")
+    assert cell.name("quadratic") == "S0010_eta_0"
+    assert cell._replace(eta=0.2).name("quadratic") == "S0010_eta_0.2"
+    assert cell._replace(sampler="sigma_hat", eta=None).name("quadratic") == "S0010_sigma_hat"
+    assert cell._replace(guidance_scale=1.5).name("uniform") == (
+        "S0010_eta_0_guidance_1.5_quadratic"
+    )
+
+
+def fid_py(images, stats, capsys, *metrics: str) -> dict[str, float]:
+    """The numbers that fid.py prints, by column."""
+    capsys.readouterr()
+    fid.main(fid.FidConfig(images=str(images), stats=str(stats), metrics=metrics))
+    found = re.findall(r"(\w+) (-?[\d.e-]+)(?:,|:)", capsys.readouterr().out)
+    return {name: float(value) for name, value in found}
+
+
+def test_rows_are_the_images_that_sample_py_draws(config, stats, tmp_path, capsys):
+    mine = dataclasses.replace(
+        config, out=str(tmp_path / "out"), etas=(), samplers=("heun", "dpm_solver_pp_2m")
+    )
+    fid_sweep.main(mine)
+    found = lines(mine.out)
+    assert [(line["sampler"], line["eta"]) for line in found] == [
+        ("heun", None),
+        ("dpm_solver_pp_2m", None),
+    ]
+    assert [line["name"] for line in found] == ["S0003_heun", "S0003_dpm_solver_pp_2m"]
+    assert [line["network_calls"] for line in found] == [5, 3]
+    for line in found:
+        out = tmp_path / line["name"]
+        draw(mine, out, sampler=line["sampler"])
+        printed = fid_py(out / "images", stats, capsys, "frechet")
+        assert line["values"] == pytest.approx(printed, rel=1e-3)
+
+
+def test_spacings_are_rows_that_a_later_call_may_add(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished.out, out)
+    more = dataclasses.replace(
+        finished, out=str(out), etas=(0.0,), spacings=("trailing", "uniform")
+    )
+    fid_sweep.main(more)
+    before, (new,) = lines(finished.out), lines(out)[2:]
+    assert lines(out)[:2] == before
+    assert (new["spacing"], new["name"]) == ("trailing", "S0003_eta_0_trailing")
+    assert new["values"] != before[0]["values"]
+    assert "| DDIM, eta = 0, trailing |" in (out / "report.md").read_text()
+
+
+def draw(config, out, **options) -> None:
+    """The images by sample.py, in batches as the sweep's: its program may be compiled already."""
+    sample.main(
+        sample.SampleConfig(
+            workdir=config.workdir,
+            out=str(out),
+            num_images=21,
+            num_sample_steps=3,
+            batch_size=12,
+            **options,
+        )
+    )
+
+
+def test_guidance_scales_are_rows_of_a_model_with_classes(config, stats, tmp_path, capsys):
+    model = str(tmp_path / "model")
+    classes = dataclasses.replace(TINY, num_classes=10)
+    # Quick steps, so that the labels, whose way out starts at nearly 0, show in the pixels.
+    quick = dataclasses.replace(SMALL, learning_rate=0.05, warmup_steps=0, ema_decay=0.0)
+    fit(dataclasses.replace(quick, workdir=model, model=classes))
+    mine = dataclasses.replace(
+        config, workdir=model, out=str(tmp_path / "out"), etas=(0.0,), guidance_scales=(1.0, 3.0)
+    )
+    fid_sweep.main(mine)
+    found = lines(mine.out)
+    assert [(line["guidance_scale"], line["network_calls"]) for line in found] == [(1, 3), (3, 6)]
+    assert [line["name"] for line in found] == ["S0003_eta_0", "S0003_eta_0_guidance_3"]
+    for line in found:
+        out = tmp_path / line["name"]
+        draw(mine, out, guidance_scale=line["guidance_scale"])
+        printed = fid_py(out / "images", stats, capsys, "frechet")
+        assert line["values"] == pytest.approx(printed, rel=1e-3)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| DDIM, eta = 0, guidance 3 |" in report and ", 6 calls |" in report
+
+
+METRIC_NAMES = ("frechet", "kid", "inception_score", "precision_recall", "density_coverage")
 
 
 @pytest.fixture(scope="module")
-def report(finished, tmp_path_factory) -> pathlib.Path:
-    """The report of a whole Table 1, its numbers made up, its pictures drawn by the sweep."""
-    out = tmp_path_factory.mktemp("report")
-    line = sweep_report.read_results(pathlib.Path(finished.out))[0]
-    picture = next((pathlib.Path(finished.out) / "samples").glob("*.png"))
-    (out / "samples").mkdir()
-    cells = []
-    for (s, eta), value in sweep_report.paper_values("cifar10").items():
-        cells.append(line | {"S": s, "eta": eta, "distances": {"fd_pixels": value + 1},
-                             "seconds": 0.1 * s})  # fmt: skip
-        shutil.copy(picture, out / "samples" / f"{sweep_report.cell_name(s, eta)}.png")
-    (out / "results.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
-    sweep_report.write_report(out, "cifar10")
-    return out
+def classifier(tmp_path_factory) -> pathlib.Path:
+    """A folder with a classifier, and its statistics for every metric."""
+    folder = tmp_path_factory.mktemp("classifier")
+    settings = train_classifier.PRESETS["digits"][1]
+    train_classifier.main(dataclasses.replace(settings, out=str(folder), width=4, num_steps=60))
+    statistics(folder / "stats.npz", "classifier", *METRIC_NAMES)
+    return folder
 
 
-def test_the_table_has_ours_beside_the_papers_and_the_warning(report):
-    text = (report / "report.md").read_text()
-    assert "| DDIM, eta = 0 | 14.36 (13.36) | 7.84 (6.84) |" in text
-    assert "| sigma-hat | 368.4 (367.43) |" in text
-    assert "compare the order of the methods" in text  # the paper's are FID, ours are not
-    assert "N = 21 samples do not exceed the 64 feature dimensions" in text
-
-
-class Page(html.parser.HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.open, self.sources, self.tables = [], [], 0
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "img", "path", "use"):
-            self.open.append(tag)
-        self.tables += tag == "table"
-        self.sources += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
-
-    def handle_startendtag(self, tag, attrs):
-        self.sources += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
-
-    def handle_endtag(self, tag):
-        if tag != "path":
-            assert self.open.pop() == tag
-
-
-def test_the_report_is_one_file_with_every_picture(report):
-    page = Page()
-    page.feed((report / "report.html").read_text())
-    assert page.open == [] and page.tables == 1
-    pictures = [source for source in page.sources if source.startswith("data:image/png")]
-    assert len(pictures) == 25
-    assert all(source.startswith(("data:", "#")) for source in page.sources)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_the_report_fits_a_phone_and_a_desktop(report, width, tmp_path):
-    """A frame of that width, since a browser's own window has a least width."""
-    probe = """<script>onload = () => parent.postMessage({
-        needed: document.documentElement.scrollWidth, images: [...document.images].every(
-        image => image.naturalWidth > 0 && image.complete)}, "*")</script></body>"""
-    page = (report / "report.html").read_text().replace("</body>", probe)
-    (tmp_path / "report.html").write_text(page)
-    (tmp_path / "frame.html").write_text(
-        f'<body style="margin:0"><iframe src="report.html" style="border:0;width:{width}px;'
-        'height:2400px"></iframe><script>onmessage = message => document.body.dataset.answer = '
-        "JSON.stringify(message.data)</script></body>"
+def test_every_metric_is_a_column_with_the_number_of_the_pure_function(
+    config, classifier, tmp_path, capsys
+):
+    mine = dataclasses.replace(
+        config,
+        stats=(str(classifier / "stats.npz"),),
+        out=str(tmp_path / "out"),
+        etas=(0.0,),
+        metrics=METRIC_NAMES,
+        max_seconds=0.0,
     )
-    command = [
-        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-        *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 500)},2400"),
-        *("--allow-file-access-from-files", "--virtual-time-budget=10000"),
+    fid_sweep.main(mine)  # stopped after a batch: the states of all metrics go on
+    assert not lines(mine.out)
+    fid_sweep.main(dataclasses.replace(mine, max_seconds=None))
+    (line,) = lines(mine.out)
+
+    draw(mine, tmp_path / "drawn", save_npz=True)
+    trained = load_classifier(classifier / "classifier.safetensors")
+    with np.load(tmp_path / "drawn" / "samples.npz") as file:
+        ours = apply_classifier(trained.model, trained.params, file["images"])
+    images = load_images("digits").take(np.arange(1797))["image"]
+    real = apply_classifier(trained.model, trained.params, images).features
+    want = {}
+    want |= numbers("kid", kid(ours.features, real, subset_size=21))
+    want |= numbers("inception_score", inception_score(ours.logits))
+    want |= precision_recall(real, ours.features)._asdict()
+    want |= density_coverage(real, ours.features)._asdict()
+    for name, value in want.items():
+        assert line["values"][f"{name}_classifier"] == pytest.approx(value, rel=1e-3), name
+    assert line["values"].keys() == {f"{name}_classifier" for name in ("fd", *want)}
+
+    shown = line["measures"]["kid_classifier"]
+    assert shown["description"] == "21 images against 1797, 100 subsets of 21"
+    assert "no error bar" in shown["warning"] and shown["direction"] == "lower"
+    assert line["measures"]["kid_std_classifier"]["std_of"] == "kid_classifier"
+    printed = fid_py(tmp_path / "drawn" / "images", mine.stats[0], capsys, *METRIC_NAMES)
+    assert {name: printed[name] for name in line["values"]} == pytest.approx(
+        line["values"], rel=1e-3
+    )
+
+
+def numbers(name: str, mean_and_std: tuple[float, float]) -> dict[str, float]:
+    return dict(zip((name, f"{name}_std"), mean_and_std, strict=True))
+
+
+class Brightness(NamedTuple):
+    total: np.ndarray
+    count: np.ndarray
+
+
+def brightness(num_kept: int) -> Metric:
+    """How much brighter the images are than the reference: a metric of somebody's own."""
+    return Metric(
+        name="brightness",
+        features="pool",
+        state="brightness",
+        numbers=(Number("brightness", "Brightness", "higher", "linear"),),
+        init=lambda dim: Brightness(np.zeros(()), np.zeros((), np.int64)),
+        update=lambda state, x, indices: Brightness(
+            state.total + np.asarray(x, np.float64).mean(axis=1).sum(), state.count + len(indices)
+        ),
+        merge=lambda a, b: Brightness(a.total + b.total, a.count + b.count),
+        compute=lambda state, reference: {
+            "brightness": float(state.total / state.count - reference.total / reference.count)
+        },
+        describe=lambda state, reference: f"{state.count} images as bright as can be",
+        warning=lambda state, reference: "bright is not good",
+    )
+
+
+def test_a_metric_of_ones_own_is_a_column_and_an_option(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METRICS, "brightness", brightness)
+    stats, out = tmp_path / "stats.npz", tmp_path / "out"
+    statistics(stats, "pixels", "brightness")
+    fid_sweep.main(
+        tyro.cli(
+            fid_sweep.SweepConfig,
+            args=[
+                *("--workdir", config.workdir, "--stats", str(stats), "--out", str(out)),
+                *("--steps", "3", "--etas", "0", "1", "--num-samples", "21", "--batch-size", "12"),
+                *("--metrics", "frechet", "brightness"),
+            ],
+        )
+    )
+    found = lines(out)
+    drawn = tmp_path / "drawn"
+    draw(config, drawn, save_npz=True)
+    with np.load(drawn / "samples.npz") as file:
+        want = pixels(file["images"]).mean() - pixels(digits()).mean()
+    assert found[0]["values"]["brightness_pixels"] == pytest.approx(want, abs=5e-3)
+    report = (out / "report.md").read_text()
+    assert "## brightness_pixels" in report and "Higher is better." in report
+    assert "Warning: bright is not good" in report
+    assert "21 images as bright as can be" in report
+    best = max(found, key=lambda line: line["values"]["brightness_pixels"])
+    page = (out / "report.html").read_text()
+    section = page[page.index("<h2>brightness_pixels") :]
+    assert f'<td class="best">{best["values"]["brightness_pixels"]:.4g}</td>' in section
+
+
+# ----------------------------------------------------------------- sweeps from before format 2
+
+
+def old_weights_hash(params) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def as_in_format_1(there: pathlib.Path, out: pathlib.Path) -> None:
+    """A sweep stopped within its second cell, as versions before format 2 left it in a folder."""
+    settings = json.loads((there / "sweep.json").read_text())
+    run, measure = load_trained(there.parent / "model"), settings["measures"]["fd_pixels"]
+    shared = {
+        "num_samples": 21,
+        "spacing": "uniform",
+        "seed": 0,
+        "rounding": "nearest",
+        "weights": {"kind": "ema", "step": 6, "hash": old_weights_hash(run.params.network)},
+        "measures": {"fd_pixels": {k: v for k, v in measure.items() if k != "metric"}},
+        "batch_size": 12,
+    }
+    out.mkdir()
+    (out / "sweep.json").write_text(json.dumps(shared, indent=2) + "\n")
+    (line,) = (json.loads(text) for text in (there / "results.jsonl").read_text().splitlines())
+    protocol = {"seconds": 1.5, **shared, "device": line["device"], "versions": line["versions"]}
+    old = {"S": 3, "eta": 0.0, "distances": line["values"], **protocol}
+    (out / "results.jsonl").write_text(json.dumps(old) + "\n")
+    with np.load(there / "partial.npz") as file:
+        moments = {
+            f"fd_pixels.{field}": file[f"pixels.moments.{field}"]
+            for field in ("count", "mean", "scatter")
+        }
+    np.savez(out / "partial.npz", cell="S0003_sigma_hat", count=12, seconds=0.5, **moments)
+
+
+@pytest.fixture(scope="module")
+def begun(config, workdir, tmp_path_factory) -> pathlib.Path:
+    """The folder "old" that an older version began, beside its model."""
+    folder = tmp_path_factory.mktemp("begun")
+    shutil.copytree(workdir, folder / "model")
+    mine = dataclasses.replace(
+        config, workdir=str(folder / "model"), out=str(folder / "new"), max_seconds=0.0
+    )
+    for _ in range(3):
+        fid_sweep.main(mine)  # a batch to a call: one cell, and half of the other
+    as_in_format_1(folder / "new", folder / "old")
+    return folder
+
+
+@pytest.fixture
+def old_sweep(config, begun, tmp_path) -> fid_sweep.SweepConfig:
+    """The settings of `config` on a copy of it."""
+    shutil.copytree(begun / "old", tmp_path / "old")
+    return dataclasses.replace(config, workdir=str(begun / "model"), out=str(tmp_path / "old"))
+
+
+def test_an_old_sweep_goes_on_to_the_same_numbers(old_sweep, finished):
+    fid_sweep.main(old_sweep)
+    old, new = lines(old_sweep.out), lines(finished.out)
+    assert [line["values"] for line in old] == [line["values"] for line in new]
+    assert [line["name"] for line in old] == [line["name"] for line in new]
+    assert old[1] == new[1]  # the finished cell says all that a new sweep's does
+    settings = [
+        json.loads((pathlib.Path(out) / "sweep.json").read_text())
+        for out in (old_sweep.out, finished.out)
     ]
-    address = f"file://{tmp_path / 'frame.html'}"
-    done = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True)
-    answer = re.search(r'data-answer="({.*?})"', done.stdout)
-    assert answer is not None, done.stderr
-    found = json.loads(answer[1].replace("&quot;", '"'))
-    assert found["images"] and found["needed"] <= width
-    subprocess.run([*command, f"--screenshot={tmp_path / 'page.png'}", address], check=True)
-    shown = np.asarray(PIL.Image.open(tmp_path / "page.png").convert("L"), float)[:, :width]
-    assert shown.std() > 10  # something is drawn
+    assert settings[0] == settings[1]
+    report = (pathlib.Path(old_sweep.out) / "report.md").read_text()
+    assert "| DDIM, eta = 0 |" in report and "| sigma-hat |" in report
+
+
+def test_an_old_sweep_of_other_settings_is_refused(old_sweep):
+    path = pathlib.Path(old_sweep.out) / "sweep.json"
+    before = path.read_text()
+    for change, message in (
+        ({"num_samples": 22}, "num_samples is 21 there and 22 now"),
+        ({"batch_size": 4}, "batch_size is 12 there and 4 now"),
+        ({"weights": "raw"}, "weights.kind is 'ema' there and 'raw' now"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fid_sweep.main(dataclasses.replace(old_sweep, **change))
+    other = before.replace('"hash": "', '"hash": "0')
+    path.write_text(other)
+    with pytest.raises(ValueError, match=r"weights\.hash is '0"):
+        fid_sweep.main(old_sweep)
+    assert path.read_text() == other
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("sweep.json", '{"format": 3}', "must be of format 2 or of none.*got 3"),
+        ("sweep.json", "{}", "does not describe a sweep"),
+        ("results.jsonl", '{"S": 3', "delete the bad line"),
+        ("results.jsonl", "{}", "delete the bad line"),
+        ("partial.npz", "PK", "Delete it to draw this cell again"),
+    ],
+)
+def test_damaged_files_are_named_with_the_way_out(old_sweep, name, content, message):
+    (pathlib.Path(old_sweep.out) / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        fid_sweep.main(old_sweep)

@@ -1,4 +1,4 @@
-"""train.py: the update against closed forms, the loss against its expectation."""
+"""train.py: the update and the average against closed forms, and what a loss is shown."""
 
 import functools
 
@@ -9,16 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from ddim_jax import linear_schedule, train
-
-SCHEDULE = linear_schedule()
-IMAGES = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1), np.uint8)
+from ddim_jax import image_keys, train
+from ddim_jax.objectives import Frozen
 
 
-def quadratic_loss(params, key, indices, batch):
+def quadratic_loss(params, inputs):
     """Half the squared distance to each example; its mean gradient is params - mean(batch)."""
-    del key, indices
-    return 0.5 * jnp.sum((params - batch["x"]) ** 2, axis=-1)
+    return 0.5 * jnp.sum((params - inputs.batch["x"]) ** 2, axis=-1), inputs.state
 
 
 def run(steps, tx, batch, params, **kwargs):
@@ -84,99 +81,6 @@ def test_microbatches_must_divide_the_batch():
             ema_decay=0.9, num_microbatches=3)  # fmt: skip
 
 
-def zero_network(variables, x, t, *labels, train, rngs):
-    del variables, t, labels, train, rngs
-    return jnp.zeros_like(x)
-
-
-def losses(apply_fn=zero_network, images=IMAGES, indices=None, key=0, **kwargs):
-    indices = jnp.arange(len(images)) if indices is None else indices
-    loss_fn = train.diffusion_loss(apply_fn, SCHEDULE, batch_size=8, **kwargs)
-    return jax.jit(loss_fn)({}, jax.random.key(key), indices, {"image": images})
-
-
-def test_a_network_that_predicts_nothing_loses_the_variance_of_the_noise():
-    keys = range(60)
-    got = np.concatenate([losses(key=k) for k in keys])
-    assert got.shape == (480,)
-    # The mean of 480 * 16 squared normals: 1 with standard error sqrt(2 / 7680) = 0.016.
-    assert abs(got.mean() - 1) < 0.07
-    np.testing.assert_allclose(losses(reduction="sum"), 16 * losses(), rtol=1e-6)
-    absolute = np.concatenate([losses(key=k, norm="l1") for k in keys])
-    assert abs(absolute.mean() - np.sqrt(2 / np.pi)) < 0.04
-
-
-def test_an_example_depends_on_its_place_and_not_on_its_shard():
-    def noisy_network(variables, x, t, *labels, train, rngs):
-        return x * jax.random.normal(rngs["dropout"], x.shape) + t
-
-    for timesteps in ("independent", "antithetic"):
-        whole = losses(noisy_network, timesteps=timesteps, flip=True)
-        for i in range(0, 8, 2):
-            part = losses(
-                noisy_network, IMAGES[i : i + 2], jnp.arange(i, i + 2),
-                timesteps=timesteps, flip=True,
-            )  # fmt: skip
-            np.testing.assert_allclose(part, whole[i : i + 2], rtol=1e-5)
-
-
-def test_antithetic_indices_come_in_pairs():
-    def shows_t(variables, x, t, *labels, train, rngs):
-        return jnp.full_like(x, t * 1000.0)  # far above the noise, so that the loss shows t
-
-    t = np.round(np.sqrt(losses(shows_t, timesteps="antithetic")) / 1000)
-    # 8 // 2 + 1 = 5 are drawn, the last three mirror the first three.
-    np.testing.assert_array_equal(t[5:], 999 - t[:3])
-
-
-def test_flips_mirror_half_of_the_images_left_to_right():
-    ramp = np.tile(np.array([0, 85, 170, 255], np.uint8), (8, 4, 1))[..., None]
-
-    def shows_orientation(variables, x, t, *labels, train, rngs):
-        return x  # eps - x_t is small only if x_t's signal is; orientation shows in the gradient
-
-    plain, flipped = losses(shows_orientation, ramp), losses(shows_orientation, ramp, flip=True)
-    # The keys are the same, so examples that were not flipped lose exactly the same.
-    same = np.isclose(plain, flipped, rtol=1e-6)
-    assert 0 < same.sum() < 8
-
-
-def test_labels_reach_the_network_only_if_it_wants_them():
-    def wants_label(variables, x, t, label, *, train, rngs):
-        return jnp.full_like(x, label * 1000.0)
-
-    loss_fn = train.diffusion_loss(wants_label, SCHEDULE, batch_size=8, num_classes=10)
-    batch = {"image": IMAGES, "label": np.arange(8)}
-    got = loss_fn({}, jax.random.key(0), jnp.arange(8), batch)
-    np.testing.assert_allclose(np.sqrt(got), np.arange(8) * 1000, atol=2)
-
-
-def test_a_share_of_the_labels_becomes_no_class():
-    """Each example's own coin: 10 in place of its label, in about a quarter of 4000."""
-
-    def wants_label(variables, x, t, label, *, train, rngs):
-        return jnp.full_like(x, label * 1000.0)
-
-    loss_fn = train.diffusion_loss(
-        wants_label, SCHEDULE, batch_size=4000, num_classes=10, label_dropout=0.25
-    )
-    labels = np.arange(4000) % 10
-    batch = {"image": np.zeros((4000, 2, 2, 1), np.uint8), "label": labels}
-    seen = np.sqrt(loss_fn({}, jax.random.key(0), jnp.arange(4000), batch)) / 1000
-    dropped = np.isclose(seen, 10, atol=0.01)
-    np.testing.assert_allclose(seen[~dropped], labels[~dropped], atol=0.01)
-    assert abs(dropped.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 4000)
-    later = {name: array[3000:] for name, array in batch.items()}  # as another device holds them
-    again = np.sqrt(loss_fn({}, jax.random.key(0), jnp.arange(3000, 4000), later)) / 1000
-    np.testing.assert_array_equal(np.isclose(again, 10, atol=0.01), dropped[3000:])
-
-
-@pytest.mark.parametrize("options", [{"label_dropout": 0.1}, {"label_dropout": 1.0}])
-def test_a_label_dropout_that_cannot_be_is_refused(options):
-    with pytest.raises(ValueError, match="label_dropout must be in"):
-        train.diffusion_loss(zero_network, SCHEDULE, batch_size=8, **options)
-
-
 def test_the_step_compiles_once():
     tx = optax.sgd(0.1)
 
@@ -190,7 +94,93 @@ def test_the_step_compiles_once():
         state, _ = step(state, {"x": jnp.ones((4, 2))})
 
 
-def test_hardware_generators_are_refused():
-    loss_fn = train.diffusion_loss(zero_network, SCHEDULE, batch_size=8)
-    with pytest.raises(ValueError, match=r"threefry2x32.*got rbg"):
-        loss_fn({}, jax.random.key(0, impl="rbg"), jnp.arange(8), {"image": IMAGES})
+# --------------------------------------------------------------------- what a loss is shown
+
+RATE, DECAY, WEIGHT = 0.1, 0.5, 0.3
+
+
+def contract_loss(params, inputs):
+    """Of everything a loss is shown; it keeps the running mean of its losses and their number.
+
+    |params - teacher * x|^2 / 2 + place * noise . params + WEIGHT |params - average|^2 / 2, noise
+    from the example's own key.
+    """
+    keys = image_keys(inputs.key, inputs.places)
+    noise = jax.vmap(lambda key: jax.random.normal(key, params.shape))(keys)
+    losses = (
+        0.5 * jnp.sum((params - inputs.frozen.objective["w"] * inputs.batch["x"]) ** 2, -1)
+        + inputs.places * (noise @ params)
+        + 0.5 * WEIGHT * jnp.sum((params - inputs.ema_params) ** 2)
+    )
+    count = inputs.state["count"] + 1
+    mean = inputs.state["mean"] + (losses.mean() - inputs.state["mean"]) / count
+    return losses, {"mean": mean, "count": count}
+
+
+def contract_run(num_steps, x, w, start, num_parts=1):
+    """The same in float64: params, average, and the mean of the losses; one part after another."""
+    p = average = np.float64(start)
+    kept = []
+    for step in range(num_steps):
+        key = jax.random.fold_in(jax.random.key(7), step)
+        noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(image_keys(key, np.arange(8)))
+        pushes = np.arange(8)[:, None] * np.float64(noise)
+        losses = (
+            0.5 * ((p - w * x) ** 2).sum(-1)
+            + pushes @ p
+            + 0.5 * WEIGHT * ((p - average) ** 2).sum()
+        )
+        kept += [part.mean() for part in np.split(losses, num_parts)]
+        p = p - RATE * ((p - w * x + pushes).mean(0) + WEIGHT * (p - average))
+        decay = min(DECAY, (2 + step) / (11 + step))
+        average = decay * average + (1 - decay) * p
+    return p, average, np.mean(kept)
+
+
+@pytest.mark.parametrize("num_parts", [1, 4])
+def test_a_loss_sees_the_average_the_frozen_its_state_the_key_and_the_places(num_parts):
+    rng = np.random.default_rng(2)
+    x, w, start = (rng.normal(size=size).astype(np.float32) for size in ((8, 3), 3, 3))
+    tx = optax.sgd(RATE)
+    state = train.init_train_state(
+        jax.random.key(7),
+        jnp.asarray(start),
+        tx,
+        loss_state={"mean": jnp.zeros(()), "count": jnp.zeros((), jnp.int32)},
+    )
+    step = jax.jit(
+        functools.partial(
+            train.train_step,
+            loss_fn=contract_loss,
+            tx=tx,
+            ema_decay=DECAY,
+            num_microbatches=num_parts,
+        ),
+        donate_argnums=0,
+    )
+    frozen = Frozen(objective={"w": jnp.asarray(w)})
+    for _ in range(5):
+        state, metrics = step(state, {"x": x}, frozen)
+    params, average, mean = contract_run(5, x, w, start, num_parts)
+    np.testing.assert_allclose(state.params, params, rtol=1e-4)
+    np.testing.assert_allclose(state.ema_params, average, rtol=1e-4)
+    np.testing.assert_allclose(state.loss_state["mean"], mean, rtol=1e-4)
+    assert int(state.loss_state["count"]) == 5 * num_parts
+    assert np.isfinite(metrics["loss"])
+    np.testing.assert_array_equal(frozen.objective["w"], w)  # not consumed with the state
+
+
+def test_an_average_of_its_own_is_kept_by_a_decay_without_warm_up():
+    tx = optax.sgd(0.0)
+    params, average = jnp.float32([1.0, 2.0]), jnp.float32([5.0, 7.0])
+    batch = {"x": jnp.zeros((2, 2))}
+
+    def after_one_step(**options):
+        state = train.init_train_state(jax.random.key(0), params + 0, tx, ema_params=average)
+        step = functools.partial(train.train_step, loss_fn=quadratic_loss, tx=tx, **options)
+        return jax.jit(step, donate_argnums=0)(state, batch)[0].ema_params
+
+    np.testing.assert_allclose(after_one_step(ema_decay=0.9, ema_warmup=False), [4.6, 6.5])
+    # With it the decay is 2 / 11.
+    np.testing.assert_allclose(after_one_step(ema_decay=0.9), [19 / 11, 32 / 11], rtol=1e-6)
+    np.testing.assert_array_equal(average, [5.0, 7.0])  # a copy was donated

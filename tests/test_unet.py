@@ -11,7 +11,7 @@ from conftest import golden_param
 from refusals import refused
 
 from ddim_jax.convert import diffusers_to_flax, paper_to_flax
-from ddim_jax.convert.diffusers import unet_from_config
+from ddim_jax.convert.diffusers_unet import unet_from_config
 from ddim_jax.unet import ResidualBlock, UNet, timestep_embedding
 
 TINY = UNet(
@@ -272,7 +272,7 @@ IMAGE = np.zeros((2, 8, 8, 3), np.float32)
         ((np.zeros((2, 8, 8, 3), np.uint8), 0), "floating point"),
         ((np.zeros((2, 7, 8, 3), np.float32), 0), "divisible by 2"),
         ((np.zeros((2, 16, 16, 3), np.float32), 0), r"among the heights of the levels, \[16, 8\]"),
-        ((IMAGE, 0.5), "t must be an integer index"),
+        ((IMAGE, True), "t must be an integer index"),
         ((IMAGE, np.zeros(3, np.int32)), r"t must be a scalar or have shape \(2,\)"),
         ((IMAGE[0], np.zeros(2, np.int32)), "t must be a scalar,"),
         ((IMAGE, 0, 1), "num_classes=None"),

@@ -6,11 +6,16 @@ it is used: no tensor missing, none left over, every shape equal.
 """
 
 from ddim_jax.convert.diffusers import DiffusersCheckpoint as DiffusersCheckpoint
-from ddim_jax.convert.diffusers import diffusers_to_flax as diffusers_to_flax
-from ddim_jax.convert.diffusers import flax_to_diffusers as flax_to_diffusers
 from ddim_jax.convert.diffusers import load_diffusers as load_diffusers
 from ddim_jax.convert.diffusers import save_diffusers as save_diffusers
-from ddim_jax.convert.diffusers import schedule_from_diffusers as schedule_from_diffusers
+from ddim_jax.convert.diffusers_scheduler import (
+    prediction_from_diffusers as prediction_from_diffusers,
+)
+from ddim_jax.convert.diffusers_scheduler import (
+    schedule_from_diffusers as schedule_from_diffusers,
+)
+from ddim_jax.convert.diffusers_unet import diffusers_to_flax as diffusers_to_flax
+from ddim_jax.convert.diffusers_unet import flax_to_diffusers as flax_to_diffusers
 from ddim_jax.convert.paper import flax_to_paper as flax_to_paper
 from ddim_jax.convert.paper import load_paper_checkpoint as load_paper_checkpoint
 from ddim_jax.convert.paper import paper_to_flax as paper_to_flax

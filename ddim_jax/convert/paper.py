@@ -20,12 +20,11 @@ from ddim_jax.convert.tensors import (
     from_torch,
     is_torch_state_dict,
     naming,
-    parameter_shapes,
     read_torch,
     to_torch,
     torch_to_numpy,
 )
-from ddim_jax.unet import UNet
+from ddim_jax.unet import UNet, parameter_shapes
 
 Weights = Literal["ema", "raw"]
 
@@ -36,7 +35,8 @@ def paper_to_flax(state_dict: StateDict, model: UNet, image_size: int) -> Params
     `state_dict` has the paper code's names and torch's layouts. `image_size` is the one the network
     was trained at. Raises ValueError, listing what differs, unless the two fit exactly.
     """
-    return from_torch(state_dict, parameter_shapes(model, image_size), _paper_name)
+    image_shape = (image_size, image_size, model.image_channels)
+    return from_torch(state_dict, parameter_shapes(model, image_shape), _paper_name)
 
 
 def flax_to_paper(params: Params) -> dict[str, np.ndarray]:

@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.unet import UNet
-
 Params = Any
 """What `model.init` returns under "params": nested dicts of arrays."""
 
@@ -26,17 +24,6 @@ TorchName = Callable[[tuple[str, ...]], str]
 """("down_0_block_0", "norm1", "scale") -> "down.0.block.0.norm1.weight", say."""
 
 NUM_LISTED = 8  # differences an error message lists; it counts the others
-
-
-def parameter_shapes(model: UNet, image_size: int) -> Params:
-    """Shapes and dtypes of the model's parameters, without computing any.
-
-    The image size matters: it decides at which levels the attention blocks stand.
-    """
-    image = jax.ShapeDtypeStruct((image_size, image_size, model.image_channels), jnp.float32)
-    index = jax.ShapeDtypeStruct((), jnp.int32)
-    label = None if model.num_classes is None else index
-    return jax.eval_shape(model.init, jax.random.key(0), image, index, label)["params"]
 
 
 def from_torch(state_dict: StateDict, shapes: Params, torch_name: TorchName) -> Params:

@@ -1,5 +1,7 @@
-"""Distances between sets of images, as pure functions on feature arrays; import the modules.
+"""Distances between sets of images; import the modules.
 
-frechet, kid, inception_score and precision_recall take arrays of features and know no network;
-inception and classifier are the networks; statistics binds the two and is what scripts use.
+frechet, kid, inception_score and precision_recall hold each metric twice: as a pure function on
+arrays of features, and as a `Metric` (metric) that is fed batch by batch; table has them by name.
+They know no network. inception and classifier are networks, features has them by name, and
+statistics brings both together with what images are compared with.
 """

@@ -27,8 +27,8 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array, Float, Int, UInt8
 
-from ddim_jax.data import to_model_range
-from ddim_jax.metrics.content_hash import content_hash
+from ddim_jax.data.pixels import to_model_range
+from ddim_jax.hashing import content_hash
 from ddim_jax.types import PRNGKey
 
 Images: TypeAlias = UInt8[Array, "B H W C"] | UInt8[np.ndarray, "B H W C"]
@@ -138,7 +138,7 @@ def load_classifier(path: str | os.PathLike) -> TrainedClassifier:
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is not a file; train a classifier with experiments/train_classifier.py."
+            f"{path} is not a file; train a classifier and write it with save_classifier."
         )
     try:
         with safe_open(path, "numpy") as file:

@@ -20,9 +20,14 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ddim_jax.metrics.metric import Metric, Number
+
 Features: TypeAlias = Float[Array, "N D"] | Float[np.ndarray, "N D"]
 Mean: TypeAlias = Float[np.ndarray, "D"]
 Covariance: TypeAlias = Float[np.ndarray, "D D"]
+
+MOMENTS = "moments"
+"""What the state is called; statistics files hold it as mean and covariance."""
 
 
 class FeatureMoments(NamedTuple):
@@ -35,6 +40,13 @@ class FeatureMoments(NamedTuple):
     count: Int[np.ndarray, ""]  # vectors seen
     mean: Mean
     scatter: Covariance  # sum of (x - mean)(x - mean)^T, not yet divided
+
+
+class Gaussian(NamedTuple):
+    """Mean and unbiased covariance: all that a published file says of the vectors behind it."""
+
+    mean: Mean
+    cov: Covariance
 
 
 def init_moments(dim: int) -> FeatureMoments:
@@ -80,11 +92,16 @@ def merge_moments(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
     )
 
 
-def finalize_moments(moments: FeatureMoments) -> tuple[Mean, Covariance]:
-    """Mean and unbiased covariance (divided by N - 1) of the vectors seen."""
+def finalize_moments(moments: FeatureMoments | Gaussian) -> Gaussian:
+    """Mean and unbiased covariance (divided by N - 1) of the vectors seen.
+
+    A Gaussian is returned as it is.
+    """
+    if isinstance(moments, Gaussian):
+        return moments
     if moments.count < 2:
         raise ValueError(f"A covariance needs at least 2 samples; got {moments.count}.")
-    return moments.mean, moments.scatter / (moments.count - 1)
+    return Gaussian(moments.mean, moments.scatter / (moments.count - 1))
 
 
 def frechet_distance(
@@ -147,3 +164,31 @@ def few_samples_warning(num_samples: int, dim: int) -> str | None:
         f"N = {num_samples} samples do not exceed the {dim} feature dimensions: the covariance is "
         "singular and the distance is biased upwards; compare only with equal N."
     )
+
+
+def frechet_metric(num_kept: int | None = None) -> Metric:
+    """The distance of pooled features, FID with Inception's. It keeps moments and no features.
+
+    The reference is a `FeatureMoments`, or the `Gaussian` that is all a published file holds.
+    """
+    del num_kept
+    return Metric(
+        name="frechet",
+        features="pool",
+        state=MOMENTS,
+        numbers=(Number("fd", "FID", "lower", "log", inception_name="fid"),),
+        init=init_moments,
+        update=lambda state, features, indices: update_moments(state, features),
+        merge=merge_moments,
+        compute=_compute,
+        describe=lambda state, reference: f"{state.count} images",
+        warning=lambda state, reference: few_samples_warning(int(state.count), len(state.mean)),
+    )
+
+
+def _compute(
+    state: FeatureMoments, reference: FeatureMoments | Gaussian | None
+) -> dict[str, float]:
+    if reference is None:
+        raise ValueError("frechet needs a reference, moments or a Gaussian; got None.")
+    return {"fd": frechet_distance(*finalize_moments(state), *finalize_moments(reference))}

@@ -15,13 +15,8 @@ Source: Szegedy et al. 2016 (arXiv:1512.00567); Heusel et al. 2017 (arXiv:1706.0
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
 import pathlib
-import shutil
-import tempfile
-import urllib.request
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -33,11 +28,13 @@ from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
 from ddim_jax.convert.tensors import read_safetensors, read_torch, torch_to_numpy
-
-WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
-WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-WEIGHTS_URL = (
-    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_FILE}"
+from ddim_jax.metrics.inception_weights import (
+    WEIGHTS_FILE,
+    WEIGHTS_SHA256,
+    cache_dir,
+    check_sha256,
+    fetch_weights,
+    manual_steps,
 )
 
 InceptionParams: TypeAlias = dict[str, Any]
@@ -49,7 +46,6 @@ IMAGE_SIZE = 299
 BATCH_NORM_EPS = 1e-3
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 _PRECISION = jax.lax.Precision.HIGHEST
-logger = logging.getLogger(__name__)
 
 
 class InceptionOutput(NamedTuple):
@@ -207,6 +203,16 @@ def inception_features(params: InceptionParams, images: Images) -> Float[Array, 
     return inception(params, images).pool2048
 
 
+@jax.jit
+def inception_outputs(params: InceptionParams, images: Images) -> dict[str, Array]:
+    """ "pool" (B, 2048), the features of the FID, and "logits" (B, 1008) without the last bias.
+
+    Published Inception scores were made without that bias.
+    """
+    output = inception(params, images)
+    return {"pool": output.pool2048, "logits": output.logits - params["fc"]["bias"]}
+
+
 def load_inception(path: str | os.PathLike | None = None) -> InceptionParams:
     """Parameters from the published .pth or a .safetensors copy of it; None fetches them once.
 
@@ -216,59 +222,10 @@ def load_inception(path: str | os.PathLike | None = None) -> InceptionParams:
     """
     path = fetch_weights() if path is None else pathlib.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file. {_manual_steps(cache_dir())}")
+        raise FileNotFoundError(f"{path} is not a file. {manual_steps(cache_dir())}")
     if path.name == WEIGHTS_FILE:
-        _check_sha256(path, WEIGHTS_SHA256)
+        check_sha256(path, WEIGHTS_SHA256)
     return params_from_state_dict(_read_state_dict(path))
-
-
-def cache_dir() -> pathlib.Path:
-    """Where fetched files are kept: $DDIM_JAX_CACHE, else the user's cache folder."""
-    if folder := os.environ.get("DDIM_JAX_CACHE"):
-        return pathlib.Path(folder)
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ddim_jax"
-
-
-def fetch_weights(
-    folder: pathlib.Path | None = None, url: str = WEIGHTS_URL, sha256: str = WEIGHTS_SHA256
-) -> pathlib.Path:
-    """The published weights in `folder` (default: `cache_dir()`), downloaded if not yet there.
-
-    The file appears only when complete and of the right hash, so that several processes may fetch
-    at once. Raises FileNotFoundError when it cannot be fetched, ValueError on another hash.
-    """
-    folder = cache_dir() if folder is None else folder
-    path = folder / WEIGHTS_FILE
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    logger.info("fetching %s to %s", url, path)
-    with tempfile.TemporaryDirectory(dir=folder) as partial:
-        download = pathlib.Path(partial, WEIGHTS_FILE)
-        try:
-            with urllib.request.urlopen(url, timeout=60) as response, download.open("wb") as file:
-                shutil.copyfileobj(response, file)
-        except OSError as error:  # urllib's errors are among them
-            raise FileNotFoundError(
-                f"Could not fetch the Inception weights: {error}. {_manual_steps(folder)}"
-            ) from error
-        _check_sha256(download, sha256)
-        download.replace(path)
-    return path
-
-
-def _manual_steps(folder: pathlib.Path) -> str:
-    return (
-        f"Get {WEIGHTS_FILE} (sha256 {WEIGHTS_SHA256}) from {WEIGHTS_URL} and put it into "
-        f"{folder}, or name a .pth or .safetensors file with --feature-weights PATH."
-    )
-
-
-def _check_sha256(path: pathlib.Path, want: str) -> None:
-    with path.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
-    if got != want:
-        raise ValueError(f"{path} must have sha256 {want}; got {got}. Is the download complete?")
 
 
 def _read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:

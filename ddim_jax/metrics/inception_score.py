@@ -11,6 +11,12 @@ import numpy as np
 from jax.scipy.special import xlogy
 from jaxtyping import Array, Float
 
+from ddim_jax.metrics.kept import NUM_KEPT, KeptFeatures, describe_kept, metric_over_kept
+from ddim_jax.metrics.metric import Metric, Number
+
+NUM_SPLITS, PUBLISHED_IMAGES = 10, 50_000
+"""The protocol of published scores."""
+
 
 class InceptionScore(NamedTuple):
     """Mean and standard deviation over the splits."""
@@ -20,7 +26,7 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(
-    logits: Float[Array, "N K"] | Float[np.ndarray, "N K"], num_splits: int = 10
+    logits: Float[Array, "N K"] | Float[np.ndarray, "N K"], num_splits: int = NUM_SPLITS
 ) -> InceptionScore:
     """exp of the mean KL divergence from p(class | image) to p(class); in [1, K].
 
@@ -46,3 +52,55 @@ def _score(logits: Float[Array, "N K"]) -> Float[Array, ""]:
     entropy = -jnp.sum(p * log_p, axis=1).mean()
     entropy_of_marginal = -jnp.sum(xlogy(marginal, marginal))  # 0 log 0 is 0
     return jnp.exp(entropy_of_marginal - entropy)
+
+
+def inception_score_metric(num_kept: int = NUM_KEPT) -> Metric:
+    """The score of the logits that are kept, in 10 splits; in N splits of N < 10 images.
+
+    It needs no reference. Inception's logits come without the last bias, as published scores do.
+    """
+    numbers = (
+        Number("inception_score", "Inception score", "higher", "linear"),
+        Number(
+            "inception_score_std",
+            "Inception score, deviation of a split",
+            "lower",
+            "linear",
+            std_of="inception_score",
+        ),
+    )
+    return metric_over_kept(
+        "inception_score",
+        "logits",
+        numbers,
+        num_kept,
+        compute=_compute,
+        describe=_describe,
+        warning=_warning,
+        needs_reference=False,
+    )
+
+
+def _compute(state: KeptFeatures, reference: None) -> dict[str, float]:
+    del reference
+    mean, std = inception_score(state.features, _num_splits(state))
+    return {"inception_score": mean, "inception_score_std": std}
+
+
+def _describe(state: KeptFeatures, reference: None) -> str:
+    del reference
+    return f"{describe_kept(state)} in {_num_splits(state)} splits"
+
+
+def _num_splits(state: KeptFeatures) -> int:
+    return min(NUM_SPLITS, len(state.features))
+
+
+def _warning(state: KeptFeatures, reference: None) -> str | None:
+    del reference
+    if (count := len(state.features)) >= PUBLISHED_IMAGES:
+        return None
+    return (
+        f"N = {count} images, fewer than the {PUBLISHED_IMAGES} of published scores: the score is "
+        "biased downwards; compare only with equal N."
+    )

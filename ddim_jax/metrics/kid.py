@@ -11,6 +11,18 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
+from ddim_jax.metrics.kept import (
+    NUM_KEPT,
+    KeptFeatures,
+    both_sides,
+    describe_kept,
+    metric_over_kept,
+)
+from ddim_jax.metrics.metric import Metric, Number
+
+NUM_SUBSETS, SUBSET_SIZE = 100, 1000
+"""The usual protocol."""
+
 
 class KernelDistance(NamedTuple):
     """Mean over subsets, and the standard deviation of one subset's estimate."""
@@ -23,8 +35,8 @@ def kid(
     x: Float[Array, "N D"] | Float[np.ndarray, "N D"],
     y: Float[Array, "M E"] | Float[np.ndarray, "M E"],
     *,
-    num_subsets: int = 100,
-    subset_size: int = 1000,
+    num_subsets: int = NUM_SUBSETS,
+    subset_size: int = SUBSET_SIZE,
     seed: int = 0,
 ) -> KernelDistance:
     """Squared MMD between two sets of features under the kernel (a.b / D + 1)^3.
@@ -67,3 +79,44 @@ def polynomial_mmd(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M E"]) -> 
         return (gram.sum() - np.trace(gram)) / (len(a) * (len(a) - 1))
 
     return mean_of_pairs(x) + mean_of_pairs(y) - 2 * kernel(x, y).mean()
+
+
+def kid_metric(num_kept: int = NUM_KEPT) -> Metric:
+    """The distance of the pooled features that are kept, by the usual protocol.
+
+    A side of fewer than 1000 images makes subsets of its size; description and warning say so.
+    """
+    numbers = (
+        Number("kid", "KID", "lower", "linear"),  # it may be negative
+        Number("kid_std", "KID, deviation of a subset", "lower", "linear", std_of="kid"),
+    )
+    return metric_over_kept(
+        "kid", "pool", numbers, num_kept, compute=_compute, describe=_describe, warning=_warning
+    )
+
+
+def _compute(state: KeptFeatures, reference: KeptFeatures | None) -> dict[str, float]:
+    size = _subset_size(state, reference)
+    mean, std = kid(*both_sides("kid", state, reference), subset_size=size)
+    return {"kid": mean, "kid_std": std}
+
+
+def _describe(state: KeptFeatures, reference: KeptFeatures | None) -> str:
+    size = _subset_size(state, reference)
+    return f"{describe_kept(state, reference)}, {NUM_SUBSETS} subsets of {size}"
+
+
+def _warning(state: KeptFeatures, reference: KeptFeatures | None) -> str | None:
+    if (size := _subset_size(state, reference)) == SUBSET_SIZE:
+        return None
+    return (
+        f"N = {size} images on the smaller side are less than the {SUBSET_SIZE} of a subset: each "
+        "subset holds them all, so that the deviation between subsets is no error bar."
+    )
+
+
+def _subset_size(state: KeptFeatures, reference: KeptFeatures | None) -> int:
+    counts = [len(side) for side in both_sides("kid", state, reference)]
+    if min(counts) < 2:
+        raise ValueError(f"kid needs at least 2 images on each side; got {counts}.")
+    return min(SUBSET_SIZE, *counts)

@@ -8,12 +8,22 @@ device, so that memory is `block_size` times the other set's size, never the squ
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from ddim_jax.metrics.kept import (
+    NUM_KEPT,
+    KeptFeatures,
+    both_sides,
+    describe_kept,
+    metric_over_kept,
+)
+from ddim_jax.metrics.metric import Metric, Number
 
 BLOCK_SIZE = 1000
 
@@ -129,3 +139,44 @@ def _nearest(rows, points) -> Float[Array, "B"]:
 def _squared_distances(a: Float[Array, "A D"], b: Float[Array, "B D"]) -> Float[Array, "A B"]:
     products = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1) - 2 * products
+
+
+def precision_recall_metric(num_kept: int = NUM_KEPT) -> Metric:
+    """Improved precision and recall of the pooled features that are kept, k = 3."""
+    return _metric("precision_recall", ("precision", "recall"), precision_recall, 3, num_kept)
+
+
+def density_coverage_metric(num_kept: int = NUM_KEPT) -> Metric:
+    """Density and coverage of the pooled features that are kept, k = 5."""
+    return _metric("density_coverage", ("density", "coverage"), density_coverage, 5, num_kept)
+
+
+def _metric(
+    name: str,
+    names: tuple[str, str],
+    function: Callable[..., tuple[float, float]],
+    k: int,
+    num_kept: int,
+) -> Metric:
+    """The metric of function(real, generated, k=k), which gives the numbers called `names`."""
+
+    def compute(state: KeptFeatures, reference: KeptFeatures | None) -> dict[str, float]:
+        generated, real = both_sides(name, state, reference)
+        return dict(zip(names, function(real, generated, k=k), strict=True))
+
+    def describe(state: KeptFeatures, reference: KeptFeatures | None) -> str:
+        return f"{describe_kept(state, reference)}, k = {k}"
+
+    def warning(state: KeptFeatures, reference: KeptFeatures | None) -> str | None:
+        generated, real = (len(side) for side in both_sides(name, state, reference))
+        if generated == real:
+            return None
+        return (
+            f"N = {generated} images against {real}: {' and '.join(names)} depend on both; compare "
+            f"at one N, such as num_kept = {min(generated, real)}."
+        )
+
+    numbers = tuple(Number(number, number.capitalize(), "higher", "linear") for number in names)
+    return metric_over_kept(
+        name, "pool", numbers, num_kept, compute=compute, describe=describe, warning=warning
+    )

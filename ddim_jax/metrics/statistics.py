@@ -1,117 +1,65 @@
-"""What a distance is measured against: moments of features, with the recipe they were made by.
+"""What metrics are compared with: saved states of real images, with the recipe they were made by.
 
     network = feature_network("inception")  # or "classifier" with its file, or "pixels"
     batches = (batch["image"] for batch in sequential_batches(source, 100))
-    statistics = compute_statistics(network, batches, num_samples=len(source), data={...})
+    metrics = named_metrics(["frechet", "kid"])
+    statistics = compute_statistics(
+        network, batches, num_samples=len(source), data={...}, metrics=metrics
+    )
     save_statistics("stats.npz", statistics)
 
+    states = gather(network, batches_of_samples, metrics)
+    for metric in metrics:
+        statistics.compute(metric, states)  # {"fid": 3.1}, then {"kid": 0.002, "kid_std": 0.0004}
+
 The file holds `mu` and `sigma` as pytorch-fid and TTUR write them, so both read ours and we read
-theirs, and a JSON string that says which network, which images and how many.
+theirs; a JSON string that says which network, which images and how many; and the arrays of other
+metrics' states.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import io
+import itertools
 import json
 import os
 import pathlib
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float
 
-from ddim_jax.data import to_model_range
-from ddim_jax.metrics.content_hash import content_hash
+from ddim_jax.files import read_npz, write_whole
+from ddim_jax.hashing import content_hash
+from ddim_jax.metrics.features import FeatureName, FeatureNetwork, Images, feature_batches
 from ddim_jax.metrics.frechet import (
+    MOMENTS,
     FeatureMoments,
+    Gaussian,
     finalize_moments,
     frechet_distance,
-    init_moments,
-    update_moments,
+    frechet_metric,
+)
+from ddim_jax.metrics.metric import (
+    Metric,
+    State,
+    column_name,
+    init_states,
+    state_from_arrays,
+    state_to_arrays,
+    update_states,
 )
 
-FeatureName: TypeAlias = Literal["inception", "classifier", "pixels"]
-Images: TypeAlias = UInt8[Array, "_ H W C"] | UInt8[np.ndarray, "_ H W C"]
-
-DISTANCE_NAMES: Mapping[str, str] = {
-    "inception": "fid",
-    "classifier": "fd_classifier",
-    "pixels": "fd_pixels",
-}
-"""What the Frechet distance between such features is called in tables; only Inception's is FID."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class FeatureNetwork:
-    """uint8 images (B, H, W, C) -> float32 features (B, D): `network(images)`, jitted.
-
-    `apply_fn(params, images)` is the same as a pure function, for a caller's own jit or pmap.
-    """
-
-    name: FeatureName
-    params: Any
-    apply_fn: Callable[[Any, Images], Float[Array, "_ D"]]
-    content_hash: str  # of params
-
-    def __call__(self, images: Images) -> Float[Array, "_ D"]:
-        """The features of the images."""
-        return self.apply_fn(self.params, images)
-
-    def dim(self, image_shape: tuple[int, int, int]) -> int:
-        """Length of a feature vector of images (H, W, C), without computing one."""
-        images = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
-        return jax.eval_shape(self.apply_fn, self.params, images).shape[1]
-
-
-def feature_network(
-    name: FeatureName, weights: str | os.PathLike[str] | None = None
-) -> FeatureNetwork:
-    """The network called `name`, its weights read from the file `weights`.
-
-    "inception" without a file fetches the published weights once; "classifier" needs the file that
-    experiments/train_classifier.py writes; "pixels" has no weights: its features are the pixel
-    values in data units, [-1, 1].
-    """
-    # A network's module is imported when asked for, so that pixels and saved files need no flax.
-    if name == "inception":
-        from ddim_jax.metrics.inception import inception_features, load_inception
-
-        params = load_inception(weights)
-        return FeatureNetwork(name, params, inception_features, content_hash(params))
-    if name == "classifier":
-        from ddim_jax.metrics.classifier import apply_classifier, load_classifier
-
-        if weights is None:
-            raise ValueError(
-                "classifier features need weights, the file that experiments/train_classifier.py "
-                "wrote: --feature-weights PATH."
-            )
-        trained = load_classifier(weights)
-        apply_fn = jax.jit(
-            lambda params, images: apply_classifier(trained.model, params, images).features
-        )
-        return FeatureNetwork(name, trained.params, apply_fn, trained.content_hash)
-    if name == "pixels":
-        if weights is not None:
-            raise ValueError(f"pixels are features without weights; got weights {weights}.")
-        return FeatureNetwork(name, {}, _flat_pixels, content_hash({}))
-    raise ValueError(f"name must be one of {', '.join(DISTANCE_NAMES)}; got {name!r}.")
-
-
-@jax.jit
-def _flat_pixels(params, images):
-    del params
-    return to_model_range(images).reshape(images.shape[0], -1)
+FORMAT = 2
+"""Of the files written; 1 had no format number and the moments alone."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Mean and covariance of features, and what is needed to make them again.
+    """Mean and covariance of features, other metrics' states, and what made them.
 
     Published files hold only the two arrays; what they leave open is None.
     """
@@ -123,11 +71,48 @@ class FeatureStatistics:
     num_samples: int | None = None
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name, split, size, crop
     rounding: str | None = None  # how floats became uint8
+    states: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    """Fields of the saved states, by the state's name and "name.field"; the moments not among
+    them."""
 
     @functools.cached_property
     def content_hash(self) -> str:
         """SHA-256 of mean and covariance."""
         return content_hash({"mu": self.mean, "sigma": self.cov})
+
+    @functools.cached_property
+    def state_hashes(self) -> dict[str, str]:
+        """SHA-256 of each saved state, by its name."""
+        return {name: content_hash(dict(arrays)) for name, arrays in self.states.items()}
+
+    def reference(self, metric: Metric) -> State | None:
+        """What `metric.compute` compares with: a saved state, a `Gaussian` in place of moments.
+
+        None for a metric that needs none. Raises ValueError when the file lacks the state.
+        """
+        if not metric.needs_reference:
+            return None
+        if metric.state == MOMENTS:
+            return Gaussian(self.mean, self.cov)
+        if metric.state not in self.states:
+            raise ValueError(
+                f"{metric.name} compares with {metric.state}, which the statistics lack; they hold "
+                f"{', '.join([MOMENTS, *self.states])}. Make them anew with {metric.name} among "
+                "their metrics."
+            )
+        return state_from_arrays(metric, self.states[metric.state], metric.state)
+
+    def reference_hash(self, metric: Metric) -> str | None:
+        """SHA-256 of what the metric is compared with, None where it needs nothing."""
+        if not metric.needs_reference:
+            return None
+        self.reference(metric)  # refuses what is not there
+        return self.content_hash if metric.state == MOMENTS else self.state_hashes[metric.state]
+
+    def compute(self, metric: Metric, states: Mapping[str, State]) -> dict[str, float]:
+        """The metric's numbers for the images behind `states`, by the names of their columns."""
+        numbers = metric.compute(states[metric.state], self.reference(metric))
+        return {column_name(x, self.features): numbers[x.name] for x in metric.numbers}
 
     def distance(self, moments: FeatureMoments) -> float:
         """Frechet distance of the features gathered in `moments` to these."""
@@ -146,7 +131,7 @@ class FeatureStatistics:
             raise ValueError(
                 f"The statistics were made with {self.features} weights "
                 f"{self.network_hash[:12]}; got {network.content_hash[:12]}. Use the same file, or "
-                "make the statistics anew with experiments/statistics.py."
+                "make the statistics anew with this one."
             )
         if (dim := network.dim(image_shape)) != len(self.mean):
             raise ValueError(
@@ -155,39 +140,29 @@ class FeatureStatistics:
             )
 
 
-def feature_batches(
-    network: FeatureNetwork, batches: Iterable[Images]
-) -> Iterator[Float[np.ndarray, "_ D"]]:
-    """The features of each batch, on the host, while the device works on the next batch.
+def gather(
+    network: FeatureNetwork, batches: Iterable[Images], metrics: Sequence[Metric]
+) -> dict[str, State]:
+    """The states of the metrics, by the states' names, over all images; the first has index 0.
 
-    A short last batch is filled up and the filling dropped, so that one program serves all.
+    Raises ValueError when there is no image, and for a metric that reads what the network lacks.
     """
-    batch_size, before = 0, None
-    for images in batches:
-        batch_size = max(batch_size, len(images))
-        num_images = len(images)
-        if num_images < batch_size:
-            images = np.pad(images, [(0, batch_size - num_images), (0, 0), (0, 0), (0, 0)])
-        now = network(images), num_images
-        if before is not None:
-            yield _on_host(*before)
-        before = now
-    if before is not None:
-        yield _on_host(*before)
-
-
-def _on_host(features: Array, num_images: int) -> np.ndarray:
-    return np.asarray(features)[:num_images]
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("batches must hold at least one image; got none.")
+    states = init_states(metrics, network.dims(first.shape[1:]))
+    names, start = {metric.features for metric in metrics}, 0
+    for features in feature_batches(network, itertools.chain([first], batches), names):
+        stop = start + len(next(iter(features.values())))
+        states = update_states(states, metrics, features, np.arange(start, stop))
+        start = stop
+    return states
 
 
 def gather_moments(network: FeatureNetwork, batches: Iterable[Images]) -> FeatureMoments:
     """Moments of the features of all images in `batches`. Raises ValueError if there is none."""
-    moments = None
-    for features in feature_batches(network, batches):
-        moments = update_moments(moments or init_moments(features.shape[1]), features)
-    if moments is None:
-        raise ValueError("batches must hold at least one image; got none.")
-    return moments
+    return gather(network, batches, [frechet_metric()])[MOMENTS]
 
 
 def compute_statistics(
@@ -197,36 +172,65 @@ def compute_statistics(
     num_samples: int,
     data: Mapping[str, Any],
     rounding: str = "uint8 as stored",
+    metrics: Sequence[Metric] = (),
 ) -> FeatureStatistics:
     """Statistics of exactly `num_samples` images: each once, none dropped, none flipped.
 
     data: how to get the images again, as JSON: name, split, image shape, crop.
+    metrics: those whose states to keep too; mean and covariance are there always.
     Raises ValueError when the batches hold another number of images.
     """
-    moments = gather_moments(network, batches)
+    metrics = [frechet_metric(), *(metric for metric in metrics if metric.needs_reference)]
+    states = gather(network, batches, metrics)
+    return statistics_of(states, network, num_samples=num_samples, data=data, rounding=rounding)
+
+
+def statistics_of(
+    states: Mapping[str, State],
+    network: FeatureNetwork,
+    *,
+    num_samples: int,
+    data: Mapping[str, Any],
+    rounding: str = "uint8 as stored",
+) -> FeatureStatistics:
+    """`compute_statistics` of states that were gathered already, the moments among them."""
+    moments = states[MOMENTS]
     if moments.count != num_samples:
         raise ValueError(
             f"num_samples must be the number of images, {num_samples}; the batches held "
             f"{moments.count}. Was a batch dropped or repeated?"
         )
-    mean, cov = finalize_moments(moments)
     return FeatureStatistics(
-        mean, cov, network.name, network.content_hash, num_samples, dict(data), rounding
+        *finalize_moments(moments),
+        features=network.name,
+        network_hash=network.content_hash,
+        num_samples=num_samples,
+        data=dict(data),
+        rounding=rounding,
+        states={k: state_to_arrays(state, k) for k, state in states.items() if k != MOMENTS},
     )
 
 
 def save_statistics(path: str | os.PathLike[str], statistics: FeatureStatistics) -> None:
-    """Write a .npz that pytorch-fid and TTUR read too: `mu`, `sigma`, and `metadata` (JSON)."""
+    """Write a .npz that pytorch-fid and TTUR read too: `mu`, `sigma`, `metadata` (JSON), states."""
     metadata = {
         field.name: getattr(statistics, field.name)
         for field in dataclasses.fields(statistics)
-        if field.name not in ("mean", "cov")
+        if field.name not in ("mean", "cov", "states")
     }
-    metadata["content_hash"] = statistics.content_hash
-    new = f"{os.fspath(path)}.new"  # a kill leaves the old file or the new one
-    with open(new, "wb") as file:  # given a name, numpy might append to it
-        np.savez(file, mu=statistics.mean, sigma=statistics.cov, metadata=json.dumps(metadata))
-    os.replace(new, path)
+    metadata |= {
+        "content_hash": statistics.content_hash,
+        "state_hashes": statistics.state_hashes,
+        "format": FORMAT,
+    }
+    arrays: dict[str, Any] = {}
+    for state in statistics.states.values():
+        arrays |= state
+    file = io.BytesIO()
+    np.savez(
+        file, mu=statistics.mean, sigma=statistics.cov, metadata=json.dumps(metadata), **arrays
+    )
+    write_whole(path, file.getvalue())
 
 
 def load_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
@@ -236,11 +240,7 @@ def load_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
     ValueError on another kind of file or when the arrays are not those its metadata name.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not a file; make statistics with experiments/statistics.py."
-        )
-    arrays = _read_npz(path)
+    arrays = _read_arrays(path)
     mean, cov = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
     if mean.ndim != 1 or cov.shape != 2 * mean.shape:
         raise ValueError(
@@ -249,27 +249,41 @@ def load_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
         )
     try:
         metadata = json.loads(str(arrays.get("metadata", '{"features": "inception"}')))
+        _check_format(path, metadata.pop("format", 1))
         want = metadata.pop("content_hash", None)
-        statistics = FeatureStatistics(mean, cov, **metadata)
-    except (TypeError, AttributeError, ValueError) as error:
+        hashes = metadata.pop("state_hashes", {})
+        statistics = FeatureStatistics(mean, cov, states=_states(arrays, hashes), **metadata)
+    except (TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path} holds metadata that this version cannot read: {error}; make it again with "
-            "experiments/statistics.py."
+            f"{path} holds metadata that this version cannot read: {error}. Make it again."
         ) from error
-    if want not in (None, statistics.content_hash):
+    if want not in (None, statistics.content_hash) or hashes != statistics.state_hashes:
         raise ValueError(f"{path} was altered: its arrays are not those that its metadata name.")
     return statistics
 
 
-def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path) as file:
-            arrays = dict(file)
-    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a .npz file, or damaged: {error}") from error
+def _check_format(path: pathlib.Path, number: int) -> None:
+    if number > FORMAT:
+        raise ValueError(
+            f"{path} is of format {number}; this version of ddim_jax reads formats up to {FORMAT}. "
+            "Install a newer one, or make the statistics anew with this one."
+        )
+
+
+def _states(arrays: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, dict]:
+    """The arrays of each state of these names."""
+    return {
+        name: {key: x for key, x in arrays.items() if key.startswith(f"{name}.")} for name in names
+    }
+
+
+def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    arrays = read_npz(
+        path, "feature statistics", way_out="Make them anew: compute_statistics, save_statistics."
+    )
     if missing := {"mu", "sigma"} - arrays.keys():
         raise ValueError(
             f"{path} must hold mu and sigma; {' and '.join(sorted(missing))} missing. Images "
-            "in a .npz become statistics with experiments/statistics.py."
+            "in a .npz become statistics by compute_statistics."
         )
     return arrays

@@ -1,0 +1,63 @@
+"""Image files: opened, decoded, and brought to one size, by PIL."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import PIL.Image
+from jaxtyping import UInt8
+
+from ddim_jax.data.source import ArraySource
+
+
+@contextlib.contextmanager
+def opened(file: str | io.BytesIO, name: str) -> Iterator[PIL.Image.Image]:
+    """The image in a file; what fails in the block too is a ValueError, which calls it `name`."""
+    try:
+        with PIL.Image.open(file) as image:
+            yield image
+    # What PIL raises for a truncated or foreign file; SyntaxError is its word for a broken PNG.
+    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{name} cannot be read as an image ({error}). Remove it or replace it."
+        ) from error
+
+
+def resize_and_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
+    """The centre (size, size) square after scaling the short side to `size`.
+
+    Bilinear with antialiasing, and rounded as torchvision's Resize and CenterCrop round, which is
+    what the paper's code prepares CelebA and LSUN with.
+    """
+    width, height = (size * side // min(image.size) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    resized = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
+    return resized.crop((left, top, left + size, top + size))
+
+
+def pixels_of(image: PIL.Image.Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "H W C"]:
+    """The pixels of an image as `shape`: grey or RGB, and of another size resized and cropped."""
+    height, width, channels = shape
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode != mode:
+        image = image.convert(mode)
+    if image.size != (width, height):
+        image = resize_and_crop(image, height)
+    return np.asarray(image).reshape(shape)
+
+
+def resized(source: ArraySource, size: int) -> ArraySource:
+    """The same with square images of that side, channel by channel; see `resize_and_crop`."""
+    if source.image_shape[:2] == (size, size):
+        return source
+
+    def resize(channel: np.ndarray) -> np.ndarray:
+        return np.asarray(resize_and_crop(PIL.Image.fromarray(channel), size))
+
+    channels_first = np.moveaxis(source.images, -1, 1)
+    images = np.stack([np.stack([*map(resize, image)], axis=-1) for image in channels_first])
+    return dataclasses.replace(source, images=images)

@@ -1,0 +1,110 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ddim_jax.codec import CODECS, PIXELS, Codec
+from ddim_jax.objectives import DENOISING, OBJECTIVES, Objective
+from ddim_jax.runs.options import check_limits, option
+from ddim_jax.runs.spec import (
+    CIFAR10_MODEL,
+    LINEAR,
+    ModelConfig,
+    RunSpec,
+    ScheduleConfig,
+    described,
+)
+from ddim_jax.schedule import Spacing
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run; every field is a command-line option."""
+
+    workdir: str = option("", may_change=True)
+    """Where checkpoints, samples, logs and config.json go. A run found there is resumed."""
+    data: str = "cifar10"
+    """digits, a TFDS name, a folder of images, or a .npz file of uint8 images."""
+    data_dir: str | None = option(None, may_change=True)
+    """Where TFDS sets stand; its own default if not given."""
+    split: str = "train"
+    """Which part of the data to train on; TFDS slices such as train[:1000] work."""
+    image_size: int | None = option(None, at_least=1)
+    """Resize and crop images to this side; without it all must have one size."""
+    num_workers: int = option(0, at_least=0, may_change=True)
+    """Processes that decode images of sets too large for memory; 0 uses threads."""
+
+    model: ModelConfig = CIFAR10_MODEL
+    schedule: ScheduleConfig = LINEAR
+    predicts: str = "eps"
+    """What the network predicts: eps, v or x0."""
+    codec: Codec = PIXELS
+    spacing: Spacing = "uniform"
+    """Sub-sequence that sampling from this model uses unless told otherwise."""
+    objective: Objective = DENOISING
+
+    max_steps: int = option(800_000, at_least=1, may_change=True)
+    """Updates in all."""
+    batch_size: int = option(128, at_least=1)
+    """Global batch; must be divisible by the number of devices."""
+    num_microbatches: int = option(1, at_least=1, may_change=True)
+    """Take each device's batch in this many parts, to save memory."""
+    learning_rate: float = option(2e-4, above=0, below=float("inf"))
+    """Adam's rate."""
+    warmup_steps: int = option(5000, at_least=0)
+    """Updates over which the rate rises from 0."""
+    clip_norm: float | None = option(1.0, above=0, below=float("inf"))
+    """Largest global norm of the gradient."""
+    ema_decay: float = option(0.9999, at_least=0, below=1)
+    """Decay of the averaged weights; warmed up over the first updates."""
+    init_from: str | None = None
+    """Start from the weights of this workdir, trained or converted, instead of random ones; the
+    average then goes on from its average, without a warm-up."""
+
+    seed: int = option(0, at_least=0)
+    """Of the initial weights, the order of the data and all noise."""
+    max_seconds: float | None = option(None, at_least=0, may_change=True)
+    """Stop cleanly, with a checkpoint, after this long; the next call goes on from there."""
+    log_every: int = option(100, at_least=1, may_change=True)
+    """Updates between two lines of metrics.jsonl."""
+    sample_every: int = option(10_000, at_least=0, may_change=True)
+    """Updates between two grids of samples; 0 for none."""
+    checkpoint_every: int = option(5_000, at_least=1, may_change=True)
+    """Updates between two checkpoints."""
+    keep_checkpoints: int = option(3, at_least=1, may_change=True)
+    """How many checkpoints to keep."""
+    distributed: bool = option(False, may_change=True)
+    """Train with the same command on other hosts; SLURM and Cloud TPU need no other option."""
+    coordinator: str | None = option(None, may_change=True)
+    """host:port of process 0, where the cluster does not say."""
+    num_processes: int | None = option(None, may_change=True)
+    """How many processes there are, one for each host."""
+    process_id: int | None = option(None, may_change=True)
+    """Which of them this is, from 0."""
+
+    def check(self) -> None:
+        """Raise ValueError for settings that no run could use."""
+        if not self.workdir:
+            raise ValueError("workdir must name the folder of the run; got ''.")
+        check_limits(self)
+        self.objective.check(self.predicts)
+
+    def spec(self, image_shape: tuple[int, int, int]) -> RunSpec:
+        """The run on images of this shape (H, W, C)."""
+        return RunSpec(
+            model_config=self.model,
+            schedule_config=self.schedule,
+            image_shape=image_shape,
+            spacing=self.spacing,
+            predicts=self.predicts,
+            codec=self.codec,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as config.json holds them."""
+        return dataclasses.asdict(self) | {
+            "objective": described(self.objective, OBJECTIVES),
+            "codec": described(self.codec, CODECS),
+        }

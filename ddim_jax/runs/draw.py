@@ -1,0 +1,114 @@
+"""Drawing images from a run, on all devices, image i from (key, i) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt8
+
+from ddim_jax.data.pixels import to_uint8
+from ddim_jax.keys import initial_noise
+from ddim_jax.parallel import index_batches, map_batches, over_devices
+from ddim_jax.runs.spec import RunParams, RunSpec
+from ddim_jax.samplers import Sampler, ddim, sample
+from ddim_jax.types import PRNGKey, Timesteps
+
+
+class Pixels(NamedTuple):
+    """Images on the device, and which of them were finite before they became whole numbers."""
+
+    images: UInt8[Array, "B *shape"]
+    finite: Bool[Array, "B"]
+
+
+def to_pixels(x: Float[Array, "B *shape"]) -> Pixels:
+    """The uint8 images of x in [-1, 1]."""
+    return Pixels(to_uint8(x), jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))))
+
+
+def checked_images(pixels: Pixels) -> UInt8[np.ndarray, "B *shape"]:
+    """The images. Raises FloatingPointError where one is not finite, which would show as black."""
+    finite = np.asarray(pixels.finite)
+    if not finite.all():
+        raise FloatingPointError(
+            f"{np.sum(~finite)} of {len(finite)} images are not finite: the weights, or the "
+            "sampler with these settings, diverged. Nothing was written of them."
+        )
+    return np.asarray(pixels.images)
+
+
+class DrawInputs(NamedTuple):
+    """What an image program takes beside the indices; every device gets all of it."""
+
+    params: RunParams
+    key: PRNGKey
+    values: tuple[Any, ...] = ()
+    """What the sampler is made of, such as eta."""
+
+
+ImageProgram = Callable[[DrawInputs, Any], Pixels]
+"""(inputs, indices (B,)) -> the images of these indices; B divides by the devices."""
+
+
+def image_program(
+    spec: RunSpec,
+    timesteps: Timesteps,
+    make_sampler: Callable[..., Sampler] = lambda: ddim(),
+    *,
+    label: int | None = None,
+    guidance_scale: float = 1.0,
+) -> ImageProgram:
+    """A compiled program for `map_batches`: the images of any indices.
+
+    `make_sampler(*values)` may be given traced values, so that one compilation for each batch size
+    serves all weights, keys and values. Of a network with classes image i is drawn of class i % K,
+    or all of the class `label`. Raises ValueError for a label or guidance the network cannot have.
+    """
+    classes = spec.num_classes
+    if classes is None and (label is not None or guidance_scale != 1):
+        raise ValueError(
+            "label and guidance_scale must be left out for a network that was trained without "
+            f"labels; got {label} and {guidance_scale:g}."
+        )
+    if label is not None:
+        spec.check_label(label)
+
+    def draw(inputs: DrawInputs, indices: jax.Array) -> Pixels:
+        x_T, keys = initial_noise(inputs.key, indices, spec.latent_shape)
+        labels = indices % (classes or 1) if label is None else jnp.full_like(indices, label)
+        denoiser = spec.denoiser(inputs.params, labels, guidance_scale)
+        sampler = make_sampler(*inputs.values)
+        x_0 = sample(keys, denoiser, spec.schedule, x_T, timesteps, sampler)
+        return to_pixels(spec.decode(inputs.params, x_0))
+
+    return over_devices(draw)
+
+
+def image_batches(
+    program: ImageProgram, inputs: DrawInputs, num_images: int, batch_size: int, start: int = 0
+) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
+    """Images start .. num_images - 1 of a program, in batches; none is dropped, none is more.
+
+    With several processes each gets its share of the batches, by `index_batches`.
+    """
+    indices = index_batches(num_images, batch_size, start)
+    return map(checked_images, map_batches(program, inputs, indices))
+
+
+def draw_images(
+    program: ImageProgram, inputs: DrawInputs, num_images: int, batch_size: int
+) -> UInt8[np.ndarray, "B H W C"]:
+    """Images 0 .. num_images - 1 of a program; with several processes, all of them in each.
+
+    Raises ValueError for less than one image, or less than one at a time.
+    """
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}.")
+    starts = range(0, num_images, batch_size)
+    indices = (np.arange(start, min(start + batch_size, num_images)) for start in starts)
+    return np.concatenate([*map(checked_images, map_batches(program, inputs, indices))])

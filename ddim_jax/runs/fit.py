@@ -1,0 +1,274 @@
+"""The training loop: under pmap on all devices of all hosts, resumed where its folder stands."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ddim_jax import parallel
+from ddim_jax.checkpoint import Checkpointer
+from ddim_jax.data.load import load_images
+from ddim_jax.data.source import ImageSource
+from ddim_jax.data.stream import batches, prefetch_to_device
+from ddim_jax.files import only_one_process
+from ddim_jax.hashing import content_hash
+from ddim_jax.objectives import Frozen, LossFn, Setup
+from ddim_jax.runs.config import TrainConfig
+from ddim_jax.runs.draw import DrawInputs, draw_images, image_program
+from ddim_jax.runs.folder import (
+    checkpoints,
+    has_checkpoints,
+    load_codec_params,
+    load_spec,
+    read_config,
+    save_codec_params,
+    write_config,
+)
+from ddim_jax.runs.load import load_weights
+from ddim_jax.runs.log import Log, Watcher
+from ddim_jax.runs.spec import ROUNDING, RunParams, RunSpec
+from ddim_jax.train import TrainState, adam_with_warmup, init_train_state
+
+NUM_PREVIEWS = 64
+PREVIEW_STEPS = 50
+
+
+class _Job(NamedTuple):
+    """A run that is about to be trained."""
+
+    config: TrainConfig
+    workdir: pathlib.Path
+    source: ImageSource
+    spec: RunSpec
+    tx: optax.GradientTransformation
+    loss_fn: LossFn
+    frozen: Frozen
+    init: Callable[[jax.Array], TrainState]
+    """Traced: the state before the first step."""
+
+
+def fit(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> None:
+    """Train to config.max_steps, or for config.max_seconds, leaving a checkpoint in config.workdir.
+
+    A run found there is resumed, to the same bits as one that was never stopped. Losses go to
+    metrics.jsonl and to the watchers.
+    Raises ValueError, before anything is written, for settings that no run could use, or other
+    settings than those of the run in the folder; FloatingPointError for a loss or gradient that is
+    not finite, the checkpoints before it kept.
+    """
+    started = time.monotonic()
+    config.check()
+    if config.distributed:
+        parallel.initialize_distributed(config.coordinator, config.num_processes, config.process_id)
+        if config.max_seconds is not None and jax.process_count() > 1:
+            raise ValueError("max_seconds must be None with several hosts: their clocks differ.")
+    parallel.check_batch_size(config.batch_size, config.num_microbatches)
+    job = _job(config)
+    # Traced before anything is written: a network that does not fit the images is refused here.
+    key = jax.random.key(config.seed, impl="threefry2x32")
+    template = jax.eval_shape(job.init, key)
+    description = _described(job)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(only_one_process(job.workdir))
+            write_config(job.workdir, description)
+            save_codec_params(job.workdir, job.frozen.codec)
+        checkpointer = stack.enter_context(checkpoints(job.workdir, config.keep_checkpoints))
+        if checkpointer.latest_step() is None:
+            # Runs once: on a CPU optimizing this program takes far longer than running it.
+            quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+            init = jax.jit(job.init, compiler_options=quick)
+            # Given weights would be compiled in, as constants.
+            state = init(key) if config.init_from is None else job.init(key)
+        else:
+            state = checkpointer.restore(template)
+        _announce(job, state)
+        if int(state.step) < config.max_steps:
+            _train(job, state, checkpointer, watchers, started)
+
+
+def _job(config: TrainConfig) -> _Job:
+    workdir = pathlib.Path(config.workdir).expanduser()
+    source = load_images(
+        config.data, split=config.split, data_dir=config.data_dir, image_size=config.image_size
+    )
+    spec = config.spec(source.image_shape)
+    spec.timesteps(1)  # refuses a spacing that the schedule has not
+    _check_labels(config, source)
+    resumed = has_checkpoints(workdir)
+    codec = load_codec_params(workdir) if resumed else spec.codec.init(spec.image_shape)
+    setup = Setup(
+        apply_fn=spec.model.apply,
+        schedule=spec.schedule,
+        batch_size=config.batch_size,
+        predicts=spec.predicts,
+        num_classes=spec.num_classes,
+        codec=spec.codec,
+    )
+    tx = adam_with_warmup(config.learning_rate, config.warmup_steps, config.clip_norm)
+    weights = None if config.init_from is None or resumed else _weights_from(config.init_from, spec)
+    return _Job(
+        config=config,
+        workdir=workdir,
+        source=source,
+        spec=spec,
+        tx=tx,
+        loss_fn=config.objective.loss_fn(setup),
+        frozen=Frozen(codec, config.objective.frozen()),
+        init=_initial_state(spec, setup, config, tx, weights),
+    )
+
+
+def _initial_state(spec, setup: Setup, config: TrainConfig, tx, weights):
+    """key -> the state before the first step, from random weights or from those given."""
+
+    def init(key: jax.Array) -> TrainState:
+        init_key, run_key = jax.random.split(key)
+        ema_params = None
+        if weights is None:
+            label = None if spec.num_classes is None else 0
+            params = spec.model.init(init_key, jnp.zeros(spec.latent_shape), 0, label)["params"]
+        else:
+            params, ema_params = weights
+        loss_state = config.objective.init_state(setup)
+        return init_train_state(run_key, params, tx, ema_params=ema_params, loss_state=loss_state)
+
+    return init
+
+
+def _weights_from(workdir: str, spec: RunSpec) -> tuple[Any, Any]:
+    """The parameters and their average in another workdir; a converted one has one set for both."""
+    there = load_spec(workdir)
+    if there.latent_shape[-1] != spec.latent_shape[-1]:
+        raise ValueError(
+            f"init_from must hold a network for {spec.latent_shape[-1]} channels; {workdir} has "
+            f"{there.latent_shape[-1]}."
+        )
+    groups, wanted = there.model_config.norm_groups, spec.model_config.norm_groups
+    if groups != wanted:  # which the shapes of the weights do not show
+        raise ValueError(
+            f"model.norm_groups must be {groups}, as in the network of init_from {workdir}; "
+            f"got {wanted}."
+        )
+    if there.predicts != spec.predicts:
+        raise ValueError(
+            f"predicts must be {there.predicts}, as the network of init_from {workdir} does; got "
+            f"{spec.predicts}. Its weights would fit, and mean something else."
+        )
+    only = read_config(workdir).get("converted_from", {}).get("weights")
+    kinds = (only, only) if only else ("raw", "ema")
+    params, average = (load_weights(workdir, spec, kind)[0] for kind in kinds)
+    return params, average
+
+
+def _described(job: _Job) -> dict[str, Any]:
+    """config.json: the settings, and facts that decide the run beside them."""
+    facts = {
+        "image_shape": job.spec.image_shape,
+        "num_images": len(job.source),
+        "rounding": ROUNDING,
+    }
+    if jax.tree.leaves(job.frozen.codec):
+        facts["codec_hash"] = content_hash(job.frozen.codec)[:16]
+    if jax.tree.leaves(job.frozen.objective):
+        facts["frozen_hash"] = content_hash(job.frozen.objective)[:16]
+    return job.config.describe() | facts
+
+
+def _announce(job: _Job, state: TrainState) -> None:
+    print(
+        f"{job.source.name}: {len(job.source)} images of {job.source.image_shape}; network of "
+        f"{sum(p.size for p in jax.tree.leaves(state.params)):,} parameters; "
+        f"{jax.device_count()} {jax.default_backend()} device(s); step {int(state.step)} of "
+        f"{job.config.max_steps}",
+        flush=True,
+    )
+
+
+def _train(
+    job: _Job,
+    state: TrainState,
+    checkpointer: Checkpointer,
+    watchers: Sequence[Watcher],
+    started: float,
+) -> None:
+    """Update until the last step, or until time is up."""
+    config, start = job.config, int(state.step)
+    step_fn = parallel.pmap_train_step(
+        job.loss_fn,
+        job.tx,
+        ema_decay=config.ema_decay,
+        ema_warmup=config.init_from is None,
+        num_microbatches=config.num_microbatches,
+    )
+    stream = prefetch_to_device(_batches(job, start), parallel.shard)
+    replicas, frozen = parallel.replicate(state), parallel.replicate(job.frozen)
+    preview = _preview_program(job) if config.sample_every else None
+    max_seconds = float("inf") if config.max_seconds is None else config.max_seconds
+    before = None  # step and metrics of the update before this one
+    step, last = start, False
+    with Log(
+        job.workdir, start, config.max_steps, config.log_every, config.batch_size, watchers
+    ) as log:
+        while not last:
+            step += 1
+            replicas, metrics = step_fn(replicas, next(stream), frozen)
+            if before is not None:
+                log.write(*before)  # one step late, so that the device never waits
+            before = (step, metrics)
+            last = step == config.max_steps or time.monotonic() - started > max_seconds
+            if last or step % config.checkpoint_every == 0:
+                log.read(step, metrics)  # a spoilt state is never saved
+                checkpointer.save(step, parallel.unreplicate(replicas))
+            done = step == config.max_steps
+            if preview is not None and (done or step % config.sample_every == 0):
+                log.images(step, preview(parallel.unreplicate(replicas.ema_params)))
+        log.write(step, metrics)
+    done = step == config.max_steps
+    print(f"step {step} is in {job.workdir}" + ("" if done else "; call again"), flush=True)
+
+
+def _batches(job: _Job, start: int) -> Iterator[Any]:
+    """This host's batches from step `start` on, without labels the network would not use."""
+    stream = batches(
+        job.source,
+        job.config.batch_size,
+        seed=job.config.seed,
+        start_step=start,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+        num_workers=job.config.num_workers,
+    )
+    keep = {"image"} if job.spec.num_classes is None else {"image", "label"}
+    return ({key: batch[key] for key in batch.keys() & keep} for batch in stream)
+
+
+def _check_labels(config: TrainConfig, source: ImageSource) -> None:
+    wanted = config.model.num_classes
+    if wanted is not None and wanted != source.num_classes:
+        raise ValueError(
+            f"model.num_classes must be the number of the data's classes, {source.num_classes}, or "
+            f"None to train without labels; got {wanted}."
+        )
+
+
+def _preview_program(job: _Job) -> Callable[[Any], np.ndarray]:
+    """(averaged weights) -> images at S = 50, always from the same latents."""
+    spec = job.spec
+    timesteps = spec.timesteps(min(PREVIEW_STEPS, spec.schedule.num_steps))
+    program = image_program(spec, timesteps)
+
+    def draw(ema_params: Any) -> np.ndarray:
+        params = RunParams(ema_params, job.frozen.codec)
+        inputs = DrawInputs(params, jax.random.key(0))
+        return draw_images(program, inputs, NUM_PREVIEWS, NUM_PREVIEWS)
+
+    return draw

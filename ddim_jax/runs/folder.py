@@ -1,0 +1,172 @@
+"""The folder of a run: config.json beside checkpoints/.
+
+config.json holds what a network is sampled with ("model", "schedule", "predicts", "codec",
+"spacing", "image_shape", "rounding") and how it came about: a run's settings, or "converted_from".
+Sampling options are arguments and never stored with weights.
+
+Format 2 names the objective's settings under "objective"; in format 1, which has no number, they
+stand beside the others. A setting that a file lacks has the default that it had when it was new,
+which is what versions before it did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from ddim_jax.checkpoint import Checkpointer
+from ddim_jax.codec import CODECS
+from ddim_jax.files import differences, read_json, read_npz, write_whole
+from ddim_jax.hashing import content_hash
+from ddim_jax.objectives import OBJECTIVES
+from ddim_jax.runs.config import TrainConfig
+from ddim_jax.runs.options import defaults, may_change
+from ddim_jax.runs.spec import RunSpec, described, spec_from
+
+FORMAT = 2
+RECORDED = frozenset({"rounding", "format", "init_from_hash", "versions"})
+"""Written for the reader, and not compared."""
+
+
+def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
+    """The content of config.json, in today's format.
+
+    Raises ValueError where there is none, where it is damaged, and for a format of the future.
+    """
+    path = pathlib.Path(workdir).expanduser() / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"workdir {workdir} has no config.json, so it is not a trained or converted model; "
+            "train or convert one first."
+        )
+    config = read_json(path)
+    if (found := config.get("format", 1)) not in (1, FORMAT):
+        raise ValueError(
+            f"{path} must be of format 1 or {FORMAT}, which this version reads; got {found!r}. Use "
+            "the version that wrote it, or a newer one."
+        )
+    return config if found == FORMAT else _from_format_1(config)
+
+
+def _from_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(OBJECTIVES["denoising"])}
+    old = {key: value for key, value in config.items() if key in names}
+    rest = {key: value for key, value in config.items() if key not in names}
+    if "converted_from" in rest:  # its hash was another one
+        origin = rest["converted_from"]
+        rest["converted_from"] = {k: v for k, v in origin.items() if k != "weights_hash"}
+    return rest | ({"objective": {"name": "denoising", **old}} if old else {})
+
+
+def write_config(workdir: str | pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Write config.json, or raise ValueError if the one there is of another run.
+
+    A run that saved nothing binds nobody.
+    """
+    workdir = pathlib.Path(workdir)
+    path = workdir / "config.json"
+    wanted = json.loads(json.dumps({"format": FORMAT, **config}))  # tuples become lists, as there
+    if has_checkpoints(workdir) and path.exists():
+        _check_same_run(workdir, read_config(workdir), wanted)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(wanted, indent=2) + "\n").encode())
+
+
+def _check_same_run(workdir: pathlib.Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if "converted_from" in there and "converted_from" not in wanted:
+        raise ValueError(
+            f"workdir {workdir} holds converted weights, which cannot be trained on; give another "
+            "workdir, and this one with init_from."
+        )
+    then = json.loads(json.dumps(_defaults()))
+    if "converted_from" in wanted:
+        then = {name: then[name] for name in ("model", "schedule", "predicts", "codec")}
+    origin = there.get("converted_from")
+    if origin is not None and "weights_hash" not in origin:
+        origin["weights_hash"] = _converted_hash(workdir, there)
+    ignored = may_change(TrainConfig) | RECORDED
+    differ = differences(_merged(then, there), _merged(then, wanted), ignored)
+    if differ:
+        raise ValueError(
+            f"workdir {workdir} holds a run of another configuration: {'; '.join(differ)}. "
+            "Give the same settings to resume it, or another workdir."
+        )
+
+
+def _converted_hash(workdir: pathlib.Path, config: Mapping[str, Any]) -> str:
+    """The hash of converted weights, for a file that holds another kind of hash."""
+    name = "ema_params" if config["converted_from"]["weights"] == "ema" else "params"
+    shapes = spec_from(config).parameter_shapes()
+    with checkpoints(workdir) as checkpointer:
+        params = checkpointer.restore({name: shapes}, partial=True)[name]
+    return content_hash(jax.device_get(params))[:16]
+
+
+def _defaults() -> dict[str, Any]:
+    settings = TrainConfig()
+    return defaults(TrainConfig) | {
+        "objective": described(settings.objective, OBJECTIVES),
+        "codec": described(settings.codec, CODECS),
+    }
+
+
+def _merged(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config, with defaults for what it lacks; likewise for settings within settings."""
+    nested = {}
+    for key, value in defaults.items():
+        given = config.get(key)
+        if isinstance(value, Mapping) and isinstance(given, Mapping):
+            # Another objective, or codec, has other settings and so other defaults.
+            another_kind = key in ("objective", "codec") and given.get("name") != value["name"]
+            nested[key] = given if another_kind else _merged(value, given)
+    return {**defaults, **config, **nested}
+
+
+def has_checkpoints(workdir: str | pathlib.Path) -> bool:
+    """Whether a run saved anything there. Not asked of orbax, which waits for the other hosts."""
+    folders = (pathlib.Path(workdir) / "checkpoints").glob("*")
+    return any(folder.name.isdecimal() for folder in folders)
+
+
+def checkpoints(workdir: str | pathlib.Path, keep: int = 3) -> Checkpointer:
+    """The checkpoints of a workdir."""
+    return Checkpointer(pathlib.Path(workdir) / "checkpoints", keep=keep)
+
+
+def load_spec(workdir: str | pathlib.Path) -> RunSpec:
+    """The run that a workdir's config.json describes, without its weights."""
+    config = read_config(workdir)
+    try:
+        return spec_from(config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{workdir}/config.json does not describe a network: {type(error).__name__} {error}. "
+            "Restore it from the run's log or train anew."
+        ) from error
+
+
+def save_codec_params(workdir: str | pathlib.Path, params: Any) -> None:
+    """Keep a codec's weights, nested dicts of arrays, with the run; nothing where it has none."""
+    arrays: dict[Any, Any] = traverse_util.flatten_dict(params, sep="/")
+    if arrays:
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        write_whole(pathlib.Path(workdir) / "codec.npz", file.getvalue())
+
+
+def load_codec_params(workdir: str | pathlib.Path) -> Any:
+    """What `save_codec_params` kept; {} where it kept nothing."""
+    path = pathlib.Path(workdir).expanduser() / "codec.npz"
+    return (
+        traverse_util.unflatten_dict(read_npz(path, "the weights of a codec"), sep="/")
+        if path.exists()
+        else {}
+    )

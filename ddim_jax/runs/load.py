@@ -1,0 +1,157 @@
+"""A trained run, opened from its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from ddim_jax.checks import check_one_of
+from ddim_jax.hashing import content_hash
+from ddim_jax.parallel import everywhere
+from ddim_jax.runs.draw import DrawInputs, ImageProgram, draw_images, image_program
+from ddim_jax.runs.folder import checkpoints, load_codec_params, load_spec, read_config
+from ddim_jax.runs.spec import RunParams, RunSpec
+from ddim_jax.samplers import Sampler, ddim
+from ddim_jax.types import Denoiser, PRNGKey
+
+Weights = Literal["ema", "raw"]
+
+DDIM = ddim()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A run with weights, and where they come from."""
+
+    spec: RunSpec
+    params: RunParams
+    """On every device of this host."""
+    step: int
+    """Updates behind the weights; 0 of converted ones."""
+    weights: Weights
+
+    def denoiser(
+        self, label: int | jax.Array | None = None, guidance_scale: float = 1.0
+    ) -> Denoiser:
+        """The network with these weights, for `sample`, `encode` and whatever else takes one.
+
+        `label` is one class, or (B,) of them.
+        """
+        label = None if label is None else jnp.asarray(label)
+        return self.spec.denoiser(self.params, label, guidance_scale)
+
+    def sample(
+        self,
+        key: PRNGKey,
+        num_images: int,
+        num_sample_steps: int = 50,
+        *,
+        sampler: Sampler = DDIM,
+        spacing: str | None = None,
+        label: int | None = None,
+        guidance_scale: float = 1.0,
+        batch_size: int = 256,
+    ) -> UInt8[np.ndarray, "N H W C"]:
+        """uint8 images, drawn on all devices of this host; image i depends on (key, i) alone.
+
+        Of a network with classes image i is of class i % K, or all are of the class `label`. The
+        program of a setting is compiled once. Raises ValueError for settings the run cannot have,
+        FloatingPointError where an image is not finite.
+        """
+        timesteps = tuple(self.spec.timesteps(num_sample_steps, spacing).tolist())
+        program = _program(self.spec, timesteps, sampler, label, guidance_scale)
+        return draw_images(program, DrawInputs(self.params, key), num_images, batch_size)
+
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of the network's weights, 16 digits: the same weights have the same one."""
+        return content_hash(jax.device_get(self.params.network))[:16]
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides the numbers of what is computed with this run, as JSON holds it.
+
+        Beside it stands what was asked for (S, eta, seed, N, ...). Two numbers with one fingerprint
+        may be compared; a computation that goes on must find its own.
+        """
+        codec = jax.device_get(self.params.codec)
+        facts = {
+            **self.spec.describe(),
+            "weights": {"kind": self.weights, "step": self.step, "hash": self.weights_hash},
+            "codec_hash": content_hash(codec)[:16] if jax.tree.leaves(codec) else None,
+            "matmul_precision": _matmul_precision(),
+            "device_kind": jax.devices()[0].device_kind,
+        }
+        return json.loads(json.dumps(facts))  # as it will be read: lists for tuples
+
+    @property
+    def fingerprint_id(self) -> str:
+        """Twelve digits that stand for the fingerprint."""
+        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[
+            :12
+        ]
+
+
+def _matmul_precision() -> str:
+    """How products of float32 matrices are computed, as `jax.default_matmul_precision` set it."""
+    return str(jax.config.jax_default_matmul_precision or "default")  # pyright: ignore
+
+
+def load_trained(
+    workdir: str | pathlib.Path,
+    weights: Weights = "ema",
+    step: int | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> Run:
+    """The run in a workdir with its averaged weights, or the raw ones; of the newest step if None.
+
+    `dtype` is the precision to compute in, if not the run's own; weights stay float32.
+    Raises ValueError where there is no such run, step or set of weights, or where it is damaged.
+    """
+    check_one_of("weights", weights, ("ema", "raw"))
+    spec = load_spec(workdir)
+    only = read_config(workdir).get("converted_from", {}).get("weights", weights)
+    if weights != only:
+        raise ValueError(
+            f"weights must be {only!r} for {workdir}, which was converted from a file and holds "
+            f"that set alone; got {weights!r}."
+        )
+    network, step = load_weights(workdir, spec, weights, step)
+    if dtype is not None:
+        check_one_of("dtype", dtype, ("float32", "bfloat16"))
+        model_config = dataclasses.replace(spec.model_config, dtype=dtype)
+        spec = dataclasses.replace(spec, model_config=model_config)
+    params = RunParams(network, load_codec_params(workdir))
+    return Run(spec, everywhere(params), step, weights)
+
+
+def load_weights(
+    workdir: str | pathlib.Path, spec: RunSpec, weights: Weights, step: int | None = None
+) -> tuple[Any, int]:
+    """The network's weights in a workdir, which are to fit `spec`, and the step they are of."""
+    name = "ema_params" if weights == "ema" else "params"
+    with checkpoints(pathlib.Path(workdir).expanduser()) as checkpointer:
+        params = checkpointer.restore({name: spec.parameter_shapes()}, step, partial=True)[name]
+        step = checkpointer.latest_step() if step is None else step
+    return params, step or 0
+
+
+@functools.lru_cache(maxsize=16)
+def _program(
+    spec: RunSpec,
+    timesteps: tuple[int, ...],
+    sampler: Sampler,
+    label: int | None,
+    guidance_scale: float,
+) -> ImageProgram:
+    grid = np.asarray(timesteps)
+    return image_program(spec, grid, lambda: sampler, label=label, guidance_scale=guidance_scale)

@@ -1,0 +1,121 @@
+"""What a training run says while it runs, and who listens."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from ddim_jax.files import write_whole
+from ddim_jax.parallel import unreplicate
+
+
+class Watcher:
+    """Listens to `fit`: override what you want to hear. Called on every host."""
+
+    def start(self, step: int, max_steps: int) -> None:
+        """Training goes on from `step`."""
+
+    def update(self, step: int) -> None:
+        """One more update is done, and its loss was finite."""
+
+    def line(self, line: dict[str, float]) -> None:
+        """A line of metrics.jsonl: step, loss, grad_norm, images_per_second."""
+
+    def images(self, step: int, images: np.ndarray) -> None:
+        """Samples of the averaged weights, uint8 (N, H, W, C)."""
+
+    def close(self) -> None:
+        """Training ended, well or not."""
+
+
+class Log:
+    """Reads each update's metrics, writes metrics.jsonl on the first host, tells the watchers."""
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        start: int,
+        max_steps: int,
+        every: int,
+        batch_size: int,
+        watchers: Sequence[Watcher],
+    ):
+        """`every` updates make a line of metrics.jsonl."""
+        self._workdir, self._every, self._batch_size = workdir, every, batch_size
+        self._start, self._max_steps, self._watchers = start, max_steps, watchers
+        self._time, self._step = time.monotonic(), start
+        self._losses: list[float] = []
+        self._lines = None
+
+    def __enter__(self) -> Log:  # noqa: D105
+        if jax.process_index() == 0:
+            path = self._workdir / "metrics.jsonl"
+            _forget_after(path, self._step)
+            self._lines = path.open("a", buffering=1)
+        for watcher in self._watchers:
+            watcher.start(self._start, self._max_steps)
+        return self
+
+    def __exit__(self, *exception: object) -> None:  # noqa: D105
+        for watcher in self._watchers:
+            watcher.close()
+        if self._lines is not None:
+            self._lines.close()
+
+    def read(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        """The metrics of a step; raises FloatingPointError if its update spoilt the state."""
+        values = {name: float(value) for name, value in unreplicate(metrics).items()}
+        for name, value in values.items():
+            if not np.isfinite(value):
+                raise FloatingPointError(
+                    f"the {name} of step {step} is {value}; checkpoints from before, if any, are "
+                    f"kept in {self._workdir}. Lower the learning rate or lengthen the warm-up, in "
+                    "another workdir."
+                )
+        return values
+
+    def write(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Record one step; every `every` steps write the mean since the last line."""
+        values = self.read(step, metrics)
+        self._losses.append(values["loss"])
+        for watcher in self._watchers:
+            watcher.update(step)
+        if step % self._every:
+            return
+        now = time.monotonic()
+        line = {
+            "step": step,
+            "loss": float(np.mean(self._losses)),
+            "grad_norm": values["grad_norm"],
+            "images_per_second": (step - self._step) * self._batch_size / (now - self._time),
+        }
+        self._losses, self._time, self._step = [], now, step
+        if self._lines is not None:
+            self._lines.write(json.dumps(line) + "\n")
+        for watcher in self._watchers:
+            watcher.line(line)
+
+    def images(self, step: int, images: np.ndarray) -> None:
+        """Samples drawn after a step."""
+        for watcher in self._watchers:
+            watcher.images(step, images)
+
+
+def _forget_after(path: pathlib.Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run takes again, and one that a kill cut short."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    try:
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} has a damaged line ({type(error).__name__}: {error}); delete that line, or "
+            "the file."
+        ) from error
+    write_whole(path, "".join(kept).encode())

@@ -1,0 +1,263 @@
+"""What a run is, without its weights: the network, its schedule, what it predicts, its codec.
+
+The settings are frozen dataclasses of plain values, so that they can be written to a file, compared
+and given on a command line; what they make is made when asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ddim_jax.checks import look_up
+from ddim_jax.codec import CODECS, PIXELS, Codec, Images
+from ddim_jax.denoisers import PARAMETRIZATIONS, NetworkFn, guided
+from ddim_jax.schedule import (
+    Spacing,
+    cosine_schedule,
+    linear_schedule,
+    scaled_linear_schedule,
+    zero_terminal_snr,
+)
+from ddim_jax.types import Data, Denoiser, NoiseSchedule
+from ddim_jax.unet import UNet, parameter_shapes
+
+Shape: TypeAlias = tuple[int, ...]
+
+ROUNDING = "nearest"
+"""How samples become uint8 (`ddim_jax.data.pixels.to_uint8`). Written beside every number: a
+Frechet distance differs with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The U-Net; the defaults are the published CIFAR-10 network."""
+
+    channels: int = 128
+    """Channels at full resolution."""
+    channel_mults: tuple[int, ...] = (1, 2, 2, 2)
+    """Channels of each level, in units of the first; each level halves the image."""
+    num_res_blocks: int = 2
+    """Residual blocks of each level."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Image heights at which the blocks attend."""
+    dropout: float = 0.1
+    """Dropout rate while training."""
+    norm_groups: int = 32
+    """Groups of the group norms; must divide the channels."""
+    num_classes: int | None = None
+    """Condition on the data's labels, this many classes; None trains without labels."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the computation; parameters and norms stay float32. bfloat16 suits GPU, TPU."""
+
+    def make(self, image_channels: int) -> UNet:
+        """The network for images of that many channels."""
+        return UNet(image_channels=image_channels, **dataclasses.asdict(self))
+
+
+CIFAR10_MODEL = ModelConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule; the defaults are every published network's."""
+
+    name: str = "linear"
+    """How the noise grows with t: linear, scaled_linear or cosine."""
+    num_steps: int = 1000
+    """T, the number of noise levels."""
+    beta_start: float = 1e-4
+    """First per-step variance (linear, scaled_linear)."""
+    beta_end: float = 0.02
+    """Last per-step variance (linear, scaled_linear)."""
+    zero_terminal_snr: bool = False
+    """Shift the levels so that the last is pure noise; not for a network that predicts eps."""
+
+    def make(self) -> NoiseSchedule:
+        """The schedule."""
+        return look_up("schedule.name", self.name, SCHEDULES)(self)
+
+
+LINEAR = ScheduleConfig()
+
+
+def _discrete(make: Callable[[ScheduleConfig], Any]) -> Callable[[ScheduleConfig], NoiseSchedule]:
+    def schedule(config: ScheduleConfig) -> NoiseSchedule:
+        made = make(config)
+        return zero_terminal_snr(made) if config.zero_terminal_snr else made
+
+    return schedule
+
+
+SCHEDULES: dict[str, Callable[[ScheduleConfig], NoiseSchedule]] = {
+    "linear": _discrete(lambda c: linear_schedule(c.num_steps, c.beta_start, c.beta_end)),
+    "scaled_linear": _discrete(
+        lambda c: scaled_linear_schedule(c.num_steps, c.beta_start, c.beta_end)
+    ),
+    "cosine": _discrete(lambda c: cosine_schedule(c.num_steps)),
+}
+"""The schedules a run may name. One of another kind is its class and an entry here."""
+
+
+class RunParams(NamedTuple):
+    """All weights that a program of a run takes."""
+
+    network: Any
+    """The network's, as Flax's "params"."""
+    codec: Any
+    """The codec's; without leaves for pixels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+    """A run without weights. Everything here decides what its images are."""
+
+    model_config: ModelConfig
+    schedule_config: ScheduleConfig
+    image_shape: tuple[int, int, int]
+    """(H, W, C) of the images, which need not be x_T's: that is `latent_shape`."""
+    spacing: Spacing = "uniform"
+    """Sub-sequence that sampling takes unless told otherwise."""
+    predicts: str = "eps"
+    """What the network predicts, a name of PARAMETRIZATIONS."""
+    codec: Codec = PIXELS
+    """What stands between images and x0."""
+
+    def __post_init__(self) -> None:
+        """Refuses what is no run."""
+        look_up("predicts", self.predicts, PARAMETRIZATIONS)
+        if self.schedule_config.zero_terminal_snr and self.predicts == "eps":
+            raise ValueError(
+                "predicts must not be eps with schedule.zero_terminal_snr: where alpha_bar is 0 "
+                "eps says nothing of the image; got eps. Take v or x0."
+            )
+
+    @functools.cached_property
+    def latent_shape(self) -> Shape:
+        """The shape of x0 and x_T, without a batch."""
+        return self.codec.latent_shape(self.image_shape)
+
+    @functools.cached_property
+    def model(self) -> UNet:
+        """The network."""
+        return self.model_config.make(self.latent_shape[-1])
+
+    @functools.cached_property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule."""
+        return self.schedule_config.make()
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes that the network was trained with, or None."""
+        return self.model_config.num_classes
+
+    def parameter_shapes(self) -> Any:
+        """Shapes and dtypes of the network's parameters, without computing any."""
+        return parameter_shapes(self.model, self.latent_shape)
+
+    def denoiser(
+        self, params: RunParams, label: jax.Array | None = None, guidance_scale: float = 1.0
+    ) -> Denoiser:
+        """The network as what samplers take; `params` is an argument, so that jit need not bake it
+        into its program.
+
+        A network that was trained without labels does not see `label`.
+        A guidance scale other than 1 takes two network evaluations where others take one.
+        """
+        wrap = PARAMETRIZATIONS[self.predicts].denoiser
+
+        def given(*label: jax.Array) -> Denoiser:
+            variables = {"params": params.network}
+            network: NetworkFn = lambda x, t: cast(  # noqa: E731
+                jax.Array, self.model.apply(variables, x, t, *label)
+            )
+            return wrap(network, self.schedule)
+
+        if label is None or self.num_classes is None:
+            return given()
+        if guidance_scale == 1:
+            return given(label)
+        no_class = jnp.full_like(label, self.num_classes)
+        return guided(given(label), given(no_class), guidance_scale)
+
+    def timesteps(self, num_sample_steps: int, spacing: str | None = None) -> np.ndarray:
+        """A sub-sequence of so many times; the run's own spacing if none is given."""
+        return self.schedule.timesteps(num_sample_steps, spacing or self.spacing)
+
+    def encode(self, params: RunParams, images: Images) -> Data:
+        """x0 (B, *latent_shape) of uint8 images."""
+        return self.codec.encode(params.codec, images)
+
+    def decode(self, params: RunParams, x0: Data) -> Float[Array, "B H W C"]:
+        """Images in [-1, 1] of x0 (B, *latent_shape)."""
+        return self.codec.decode(params.codec, x0)
+
+    def check_label(self, label: int) -> None:
+        """Raise ValueError unless the network has this class; one without labels has only 0."""
+        classes = self.num_classes or 1
+        if not 0 <= label < classes:
+            raise ValueError(
+                f"label must be in [0, {classes - 1}], the classes of this network; got {label}."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """The run as JSON holds it; `spec_from` reads it."""
+        return {
+            "model": dataclasses.asdict(self.model_config),
+            "schedule": dataclasses.asdict(self.schedule_config),
+            "predicts": self.predicts,
+            "codec": described(self.codec, CODECS),
+            "spacing": self.spacing,
+            "image_shape": list(self.image_shape),
+            "rounding": ROUNDING,
+        }
+
+
+def spec_from(config: Mapping[str, Any]) -> RunSpec:
+    """The run that a description holds; settings it lacks have the defaults of older files.
+
+    Raises KeyError, TypeError or ValueError for what describes no run.
+    """
+    return RunSpec(
+        model_config=ModelConfig(**with_tuples(config["model"])),
+        schedule_config=ScheduleConfig(**config["schedule"]),
+        image_shape=_three(config["image_shape"]),
+        spacing=config["spacing"],
+        predicts=config.get("predicts", "eps"),
+        codec=restored("codec", config.get("codec", {"name": "pixels"}), CODECS),
+    )
+
+
+def _three(shape: Sequence[int]) -> tuple[int, int, int]:
+    height, width, channels = shape
+    return height, width, channels
+
+
+def described(settings: Any, table: Mapping[str, type]) -> dict[str, Any]:
+    """A dataclass as JSON holds it: its name in the table, and its fields."""
+    names = [name for name, kind in table.items() if kind is type(settings)]
+    if not names:
+        raise ValueError(
+            f"{type(settings).__name__} must stand in the table of its kind, which has "
+            f"{', '.join(table)}: table[name] = {type(settings).__name__}."
+        )
+    return {"name": names[0], **dataclasses.asdict(settings)}
+
+
+def restored(what: str, description: Mapping[str, Any], table: Mapping[str, type]) -> Any:
+    """What `described` wrote."""
+    fields = with_tuples(description)
+    return look_up(f"{what}.name", fields.pop("name"), table)(**fields)
+
+
+def with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with JSON's lists as tuples again."""
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}

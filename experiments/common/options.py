@@ -1,0 +1,93 @@
+"""Options that several scripts have: a script's dataclass inherits what it needs.
+
+Limits stand at the fields; `check_limits(config)` is the first line of every main.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+
+import tyro
+
+from ddim_jax.runs import Run, Weights, load_trained
+from ddim_jax.runs.options import option
+from ddim_jax.schedule import Spacing
+from ddim_jax.solvers import SAMPLERS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and which of its weights."""
+
+    workdir: str
+    """The model: a folder that train.py or convert.py wrote."""
+    weights: Weights = "ema"
+    """The averaged weights, or the raw ones."""
+    step: int | None = option(None, at_least=0)
+    """Which checkpoint; the newest if not given."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision to compute in; the model's own if not given."""
+
+    def load(self) -> Run:
+        """The model."""
+        return load_trained(self.workdir, self.weights, self.step, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpacingOptions:
+    """Which sub-sequence."""
+
+    spacing: Spacing | None = None
+    """Sub-sequence of time indices; the model's own if not given."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepsOptions(SpacingOptions):
+    """How many steps on it."""
+
+    num_sample_steps: int = option(50, at_least=1)
+    """S, the number of steps: one network evaluation each, but two for heun."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawOptions:
+    """How images are drawn."""
+
+    seed: int = option(0, at_least=0, below=2**32)
+    """Image i depends on (seed, i) alone."""
+    batch_size: int = option(256, at_least=1)
+    """Images at once."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerOptions:
+    """One sampler."""
+
+    sampler: Annotated[str, tyro.conf.arg(help=f"The method: {', '.join(SAMPLERS)}.")] = "ddim"
+    eta: float = option(0.0, at_least=0)
+    """0 is DDIM, 1 is DDPM (eq. 16); for the sampler ddim."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where images come from."""
+
+    split: str = "train"
+    """Which part of the data; TFDS slices such as train[:1000] work."""
+    data_dir: str | None = None
+    """Where TFDS sets stand; its own default if not given."""
+    image_size: int | None = option(None, at_least=1)
+    """Resize and crop images to this side; without it all must have one size."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RealImageOptions:
+    """Real images for a model."""
+
+    data: str | None = None
+    """digits, a TFDS name, a folder or a .npz file; the model's training data if not given."""
+    split: str = "test"
+    """Which part of the data."""
+    data_dir: str | None = None
+    """Where TFDS sets stand."""

@@ -1,0 +1,83 @@
+"""Drawing a sweep's cells: few compiled programs for many settings, features beside the images."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from common.measures import Features, Measure
+from common.sweep_store import Cell
+from ddim_jax.parallel import map_batches
+from ddim_jax.runs import DrawInputs, Run, RunSpec, image_program
+from ddim_jax.runs.draw import ImageProgram, Pixels
+from ddim_jax.samplers import ddim_or_sigma_hat
+from ddim_jax.solvers import named_sampler
+
+ProgramKey = tuple[Any, ...]
+
+
+def program_key(cell: Cell) -> ProgramKey:
+    """Cells of one key share a program: all etas and sigma-hat do."""
+    own = None if cell.sampler in ("ddim", "sigma_hat") else cell.sampler
+    return cell.num_steps, cell.spacing, cell.guidance_scale, own
+
+
+def image_programs(spec: RunSpec, cells: Iterable[Cell]) -> dict[ProgramKey, ImageProgram]:
+    """What draws the cells, not yet compiled. Raises ValueError for what the run cannot have."""
+    programs = {}
+    for cell in cells:
+        key = num_steps, spacing, scale, own = program_key(cell)
+        if key not in programs:
+            timesteps = spec.timesteps(num_steps, spacing)
+            make = ddim_or_sigma_hat if own is None else lambda name=own: named_sampler(name)
+            programs[key] = image_program(spec, timesteps, make, guidance_scale=scale)
+    return programs
+
+
+class Batch(NamedTuple):
+    """Images, and their features for each measure."""
+
+    pixels: Pixels
+    features: dict[str, Features]  # by network
+
+    def first(self, size: int) -> Batch:
+        """So many of them."""
+        return jax.tree.map(lambda array: array[:size], self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawer:
+    """Draws and measures the images of any cell on all devices."""
+
+    run: Run
+    measures: Sequence[Measure]
+    seed: int
+    programs: Mapping[ProgramKey, ImageProgram]
+
+    def draw(self, cell: Cell, batches: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """The images of each batch of indices and their features, on the host, one batch ahead."""
+        images = self.programs[program_key(cell)]
+        shares = program_key(cell)[-1] is None
+        values = (float(cell.eta or 0.0), cell.sampler == "sigma_hat") if shares else ()
+
+        def program(inputs: DrawInputs, indices: Any) -> Batch:
+            pixels = images(inputs, indices)
+            features = {
+                measure.name: measure.program(measure.network.params, pixels.images)
+                for measure in self.measures
+            }
+            return Batch(pixels, features)
+
+        inputs = DrawInputs(self.run.params, jax.random.key(self.seed), values)
+        return map_batches(program, inputs, batches)
+
+    def seconds_of_one(self, cell: Cell, batch_size: int) -> float:
+        """Draw one batch of the cell, and throw it away."""
+        started = time.monotonic()
+        next(self.draw(cell, [np.arange(batch_size)]))
+        return time.monotonic() - started

@@ -1,0 +1,259 @@
+"""A sweep's folder: sweep.json, results.jsonl, and partial.npz with the cell under way.
+
+sweep.json has what all cells share and what decides their numbers, the run's fingerprint among it.
+Every line of results.jsonl is a finished cell with its whole protocol. Both say "format": 2; files
+without a format are read by sweep_format_1.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import pathlib
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from common import sweep_format_1
+from common.measures import Measure
+from ddim_jax.files import differences, read_json, read_npz, write_whole
+from ddim_jax.metrics.metric import State, state_from_arrays, state_to_arrays
+from ddim_jax.runs import Run
+from ddim_jax.solvers import SAMPLERS
+
+FORMAT = 2
+
+States = dict[str, dict[str, State]]
+"""Network -> name of the state -> the state."""
+
+
+class Cell(NamedTuple):
+    """One sampling setting: a row of the table, and its column S."""
+
+    num_steps: int
+    sampler: str
+    """A name in SAMPLERS."""
+    eta: float | None
+    """None for all samplers but ddim."""
+    guidance_scale: float
+    spacing: str
+
+    def name(self, plain_spacing: str) -> str:
+        """What the cell's files are called; a spacing is named unless it is the plain one."""
+        parts = [f"S{self.num_steps:04d}"]
+        parts.append(self.sampler if self.eta is None else f"eta_{self.eta:g}")
+        if self.guidance_scale != 1:
+            parts.append(f"guidance_{self.guidance_scale:g}")
+        if self.spacing != plain_spacing:
+            parts.append(self.spacing)
+        return "_".join(parts)
+
+    def network_calls(self) -> int:
+        """Network evaluations behind one image."""
+        calls = SAMPLERS[self.sampler]().network_calls(self.num_steps)
+        return calls if self.guidance_scale == 1 else 2 * calls
+
+
+class Progress(NamedTuple):
+    """A cell under way: images measured so far, and the states of all metrics."""
+
+    count: int
+    seconds: float
+    states: States
+
+
+# ---------------------------------------------------------------------------------------------
+# sweep.json
+
+
+def sweep_settings(
+    run: Run, measures: Sequence[Measure], num_samples: int, seed: int, kept_features: int
+) -> dict[str, Any]:
+    """What every cell of a sweep has in common, and decides its numbers."""
+    return {
+        "format": FORMAT,
+        "num_samples": num_samples,
+        "seed": seed,
+        "kept_features": kept_features,
+        "measures": {column: f for measure in measures for column, f in measure.facts().items()},
+        "fingerprint": run.fingerprint,
+        "fingerprint_id": run.fingerprint_id,
+    }
+
+
+def find_settings(
+    out: pathlib.Path, wanted: Mapping[str, Any], batch_size: int | None, run: Run
+) -> dict[str, Any] | None:
+    """The settings of the sweep in `out`, in today's format; None without one.
+
+    Raises ValueError if it is a sweep of other settings, naming each.
+    """
+    path = out / "sweep.json"
+    if not path.exists():
+        return None
+    way_out = "Restore it, or give another folder."
+    there = read_json(path, way_out=way_out)
+    _check_format(path, there)
+    if "format" not in there:
+        try:
+            there = sweep_format_1.settings(there, wanted)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} does not describe a sweep: {error!r}. {way_out}") from error
+        wanted = sweep_format_1.comparable(wanted, run)
+    wanted = {**wanted, "batch_size": batch_size or there.get("batch_size")}
+    ignored = {"format", "fingerprint_id", "spacing"}
+    if differ := differences(there, json.loads(json.dumps(wanted)), ignored):
+        raise ValueError(
+            f"out {out} holds another sweep: {'; '.join(differ)}. Give the same settings to "
+            "continue it, or another folder."
+        )
+    return there
+
+
+def write_settings(out: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Write sweep.json."""
+    write_whole(out / "sweep.json", (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def _check_format(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    if (found := content.get("format", FORMAT)) != FORMAT:
+        raise ValueError(
+            f"{path} must be of format {FORMAT} or of none, which this version reads; got "
+            f"{found!r}. Use the version that wrote it, or a newer one."
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# results.jsonl
+
+
+def read_results(out: pathlib.Path) -> list[dict[str, Any]]:
+    """The finished cells of a sweep, in today's format."""
+    path = out / "results.jsonl"
+    if not path.exists():
+        return []
+    return [_read_line(path, text) for text in path.read_text().splitlines()]
+
+
+def _read_line(path: pathlib.Path, text: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+        _check_format(path, line)
+        line = line if "format" in line else sweep_format_1.line(line)
+        if missing := {"values", "seconds", "measures", *_CELL_KEYS} - line.keys():
+            raise KeyError(", ".join(sorted(missing)))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): delete the bad line, or the "
+            "file, to measure its cells again."
+        ) from error
+    return line
+
+
+_CELL_KEYS = ("S", "sampler", "eta", "guidance_scale", "spacing")
+
+
+def cell_of(line: Mapping[str, Any]) -> Cell:
+    """The cell that a line of results.jsonl is about."""
+    return Cell(*(line[key] for key in _CELL_KEYS))
+
+
+def append_result(
+    out: pathlib.Path,
+    cell: Cell,
+    progress: Progress,
+    measures: Sequence[Measure],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Add a finished cell with its whole protocol; only seconds differ from call to call.
+
+    A kill leaves the old file or the new one, never half a line.
+    """
+    line = _line(cell, progress, measures, settings)
+    path = out / "results.jsonl"
+    before = path.read_bytes() if path.exists() else b""
+    write_whole(path, before + (json.dumps(line) + "\n").encode())
+    (out / "partial.npz").unlink(missing_ok=True)
+    return line
+
+
+def _line(cell, progress, measures, settings) -> dict[str, Any]:
+    values: dict[str, float] = {}
+    shown: dict[str, dict[str, Any]] = {}
+    for measure in measures:
+        values |= measure.values(progress.states[measure.name])
+        shown |= measure.shown(progress.states[measure.name])
+    fingerprint = settings["fingerprint"]
+    return {
+        "format": FORMAT,
+        **dict(zip(_CELL_KEYS, cell, strict=True)),
+        "network_calls": cell.network_calls(),
+        "name": cell.name(settings["spacing"]),
+        "values": values,
+        "seconds": round(progress.seconds, 3),
+        **{key: settings[key] for key in ("num_samples", "seed", "batch_size", "kept_features")},
+        "rounding": fingerprint["rounding"],
+        "weights": fingerprint["weights"],
+        "fingerprint_id": settings["fingerprint_id"],
+        "measures": {column: settings["measures"][column] | shown[column] for column in shown},
+        "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("ddim_jax", "jax", "numpy")},
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # run from a source tree on PYTHONPATH
+
+
+# ---------------------------------------------------------------------------------------------
+# partial.npz
+
+
+def save_progress(out: pathlib.Path, name: str, progress: Progress) -> None:
+    """Keep the cell of that name so that another call goes on from there."""
+    arrays: dict[str, Any] = {}
+    for network, states in progress.states.items():
+        for state_name, state in states.items():
+            arrays |= state_to_arrays(state, f"{network}.{state_name}")
+    file = io.BytesIO()
+    np.savez(
+        file, format=FORMAT, cell=name, count=progress.count, seconds=progress.seconds, **arrays
+    )
+    write_whole(out / "partial.npz", file.getvalue())
+
+
+def load_progress(out: pathlib.Path, name: str, measures: Sequence[Measure]) -> Progress:
+    """What was kept of the cell of that name; else nothing measured yet."""
+    path = out / "partial.npz"
+    nothing = Progress(0, 0.0, {measure.name: measure.init() for measure in measures})
+    if not path.exists():
+        return nothing
+    way_out = "Delete it to draw this cell again."
+    arrays = read_npz(path, "a cell under way", way_out=way_out)
+    try:
+        if str(arrays["cell"]) != name:
+            return nothing
+        if "format" not in arrays:
+            arrays = sweep_format_1.progress(arrays, [measure.name for measure in measures])
+        _check_format(path, {"format": int(arrays["format"])})
+        states = {measure.name: _states(measure, arrays) for measure in measures}
+        return Progress(int(arrays["count"]), float(arrays["seconds"]), states)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no cell under way: {error} {way_out}") from error
+
+
+def _states(measure: Measure, arrays: Mapping[str, np.ndarray]) -> dict[str, State]:
+    return {
+        metric.state: state_from_arrays(metric, arrays, f"{measure.name}.{metric.state}")
+        for metric in measure.metrics
+    }

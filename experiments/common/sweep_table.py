@@ -1,0 +1,270 @@
+"""A sweep's numbers as tables: rows, columns, what must be read with them, and the paper's."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+Line: TypeAlias = Mapping[str, Any]
+"""One finished cell, as read_results gives it."""
+Lines: TypeAlias = Sequence[Line]
+PaperTable: TypeAlias = Literal["cifar10", "celeba64", "bedroom", "church"]
+PaperValues: TypeAlias = Mapping[tuple[int, float | str], float]
+"""(S, eta or "sigma_hat") -> the paper's number."""
+
+PAPER_TABLES = pathlib.Path(__file__).with_name("paper_tables.json")
+PAPER_COLUMN = "fid"
+"""What the paper's numbers are."""
+
+
+def paper_values(paper: PaperTable | None) -> PaperValues:
+    """The paper's FID. Source: Song et al. 2021, Tables 1 and 3."""
+    if paper is None:
+        return {}
+    tables = json.loads(PAPER_TABLES.read_text())
+    (table,) = (t for t in (tables["table1_fid"], tables["table3_fid"]) if paper in t)
+    rows = {key: row for key, row in table[paper].items() if isinstance(row, list)}
+    return {
+        (num_steps, "sigma_hat" if key == "sigma_hat" else float(key)): value
+        for key, row in rows.items()
+        for num_steps, value in zip(table["S"], row, strict=True)
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows and columns
+
+
+class Row(NamedTuple):
+    """One row of a table: all of a cell but S."""
+
+    sampler: str
+    eta: float | None
+    guidance_scale: float
+    spacing: str
+
+    @property
+    def method(self) -> str:
+        """The sampler and its eta, as a person says them."""
+        if self.eta is None:
+            return self.sampler.replace("sigma_hat", "sigma-hat")
+        names = {0.0: "DDIM, eta = 0", 1.0: "DDPM, eta = 1"}
+        return names.get(self.eta) or f"eta = {self.eta:g}"
+
+
+def row_of(line: Line) -> Row:
+    """The row that a cell stands in."""
+    return Row(line["sampler"], line["eta"], line["guidance_scale"], line["spacing"])
+
+
+def papers_own(theirs: PaperValues, row: Row, num_steps: int) -> float | None:
+    """The paper's number of a row and S, where it has one."""
+    if row.guidance_scale != 1:
+        return None
+    return theirs.get((num_steps, row.sampler if row.eta is None else row.eta))
+
+
+def rows_of(lines: Lines) -> dict[Row, str]:
+    """The rows in order, and what to call each; spacing is named where there are several."""
+    rows = list(dict.fromkeys(map(row_of, lines)))
+    spacings = list(dict.fromkeys(row.spacing for row in rows))
+    methods = ["ddim", "sigma_hat"]  # etas first, as in the paper
+    methods += [row.sampler for row in rows if row.sampler not in methods]
+
+    def order(row: Row) -> tuple[Any, ...]:
+        eta = 0.0 if row.eta is None else row.eta
+        return spacings.index(row.spacing), row.guidance_scale, methods.index(row.sampler), eta
+
+    def name(row: Row) -> str:
+        parts = [row.method]
+        if row.guidance_scale != 1:
+            parts.append(f"guidance {row.guidance_scale:g}")
+        if len(spacings) > 1:
+            parts.append(row.spacing)
+        return ", ".join(parts)
+
+    return {row: name(row) for row in sorted(rows, key=order)}
+
+
+def steps_of(lines: Lines) -> list[int]:
+    """The columns."""
+    return sorted({line["S"] for line in lines})
+
+
+def scores(lines: Lines) -> list[str]:
+    """The numbers that get a table of their own: all but standard deviations of others."""
+    return [name for name, measure in lines[0]["measures"].items() if measure["std_of"] is None]
+
+
+def _std_of(name: str, line: Line) -> str | None:
+    """The column with the standard deviation of the one called `name`."""
+    return next((k for k, m in line["measures"].items() if m["std_of"] == name), None)
+
+
+# ---------------------------------------------------------------------------------------------
+# A table
+
+
+class Entry(NamedTuple):
+    """What stands in a table."""
+
+    text: str
+    best: bool = False
+    calls: str = ""
+    """Network calls, where they are not S."""
+
+
+class Table(NamedTuple):
+    """Head and rows of one number; the first column says what a row is."""
+
+    head: list[str]
+    rows: list[list[Entry]]
+
+
+def table_of(name: str, lines: Lines, theirs: PaperValues) -> Table:
+    """The table of one number; each followed by the paper's in brackets."""
+    steps, cells = steps_of(lines), {(row_of(line), line["S"]): line for line in lines}
+    theirs = theirs if _is_distance_like_the_papers(name, lines) else {}
+    best = _best(name, lines)
+    rows = [
+        [
+            Entry(title),
+            *(_entry(name, cells.get((row, s)), theirs, best.get(s)) for s in steps),
+        ]
+        for row, title in rows_of(lines).items()
+    ]
+    return Table(["S", *map(str, steps)], [*rows, _time_row(lines, steps)])
+
+
+def _entry(name: str, line: Line | None, theirs: PaperValues, best: Row | None) -> Entry:
+    if line is None:
+        return Entry("–")
+    text = f"{line['values'][name]:.4g}"
+    if std := _std_of(name, line):
+        text += f" ± {line['values'][std]:.2g}"
+    if (paper := papers_own(theirs, row_of(line), line["S"])) is not None:
+        text += f" ({paper:.2f})"
+    calls = f"{line['network_calls']} calls" if line["network_calls"] != line["S"] else ""
+    return Entry(text, best == row_of(line), calls)
+
+
+def _best(name: str, lines: Lines) -> dict[int, Row]:
+    """The row of the best number of each S."""
+    choose = min if lines[0]["measures"][name]["direction"] == "lower" else max
+    return {
+        s: row_of(choose((x for x in lines if x["S"] == s), key=lambda x: x["values"][name]))
+        for s in steps_of(lines)
+    }
+
+
+def _time_row(lines: Lines, steps: list[int]) -> list[Entry]:
+    """What a cell takes, on average over those with S network calls if there are any."""
+    plain = [line for line in lines if line["network_calls"] == line["S"]]
+    name = "time for one" if len(plain) == len(lines) else "time for one of S calls"
+    row = [Entry(name)]
+    for num_steps in steps:
+        seconds = [line["seconds"] for line in plain if line["S"] == num_steps]
+        row.append(Entry(duration(sum(seconds) / len(seconds)) if seconds else "–"))
+    return row
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+# ---------------------------------------------------------------------------------------------
+# Words
+
+
+def describe(line: Line) -> str:
+    """One finished cell for the terminal."""
+    values = ", ".join(f"{name} {value:.4g}" for name, value in line["values"].items())
+    row = rows_of([line])
+    return f"S = {line['S']:4d}  {row[row_of(line)]:13s}  {values}  {duration(line['seconds'])}"
+
+
+def _is_distance_like_the_papers(name: str, lines: Lines) -> bool:
+    return lines[0]["measures"][name]["published_as"] == PAPER_COLUMN
+
+
+def notes(name: str, lines: Lines, theirs: PaperValues) -> list[str]:
+    """What must be read with the numbers."""
+    measure = lines[0]["measures"][name]
+    found = [f"{measure['direction'].capitalize()} is better."]
+    if std := _std_of(name, lines[0]):
+        found.append(f"After ±: {lines[0]['measures'][std]['title']}.")
+    if any(line["network_calls"] != line["S"] for line in lines):
+        found.append("Calls: network evaluations for an image, where they are not S.")
+    if theirs and name == PAPER_COLUMN:
+        found.append("In brackets: the FID the paper reports, with N = 50000.")
+    elif theirs and _is_distance_like_the_papers(name, lines):
+        found.append(
+            "In brackets: the FID the paper reports. It is another distance than "
+            f"{measure['title']}: compare the order of the methods, never the numbers."
+        )
+    warnings = dict.fromkeys(line["measures"][name]["warning"] for line in lines)
+    return found + [f"Warning: {warning}" for warning in warnings if warning]
+
+
+def protocol(lines: Lines) -> str:
+    """Everything the numbers depend on, in a sentence or two."""
+    line = lines[0]
+    weights = line["weights"]
+    spacings = " and ".join(dict.fromkeys(line["spacing"] for line in lines))
+    runs = [i for i in dict.fromkeys(line.get("fingerprint_id") for line in lines) if i]
+    return (
+        f"N = {line['num_samples']} samples, {spacings} sub-sequence, {weights['kind']} "
+        f"weights {weights['hash'][:12]} of step {weights['step']}, "
+        + (f"run {' and '.join(runs)}, " if runs else "")
+        + f"seed {line['seed']}, pixels rounded to {line['rounding']}, batches of "
+        f"{line['batch_size']}. {'. '.join(_measured(line))}. {line['device']}; "
+        + ", ".join(f"{name} {version}" for name, version in line["versions"].items())
+        + "."
+    )
+
+
+def _measured(line: Line) -> list[str]:
+    """For each metric of each network what its numbers depend on."""
+    titles: dict[tuple[str, str], list[str]] = {}
+    for measure in line["measures"].values():
+        if measure["std_of"] is None:
+            titles.setdefault((measure["features"], measure["metric"]), []).append(measure["title"])
+    measures = {(m["features"], m["metric"]): m for m in line["measures"].values()}
+    found = []
+    for key, names in titles.items():
+        m = measures[key]
+        text = (
+            f"{' and '.join(names)}: {m['description']}, {m['dim']} {m['features']} features, "
+            f"network {m['network_hash'][:12]}"
+        )
+        if m["statistics_hash"]:
+            text += (
+                f", statistics {m['statistics_hash'][:12]} of "
+                f"{m['statistics_num_samples'] or '?'} images of "
+                f"{m['statistics_of'].get('name', 'unnamed data')}"
+            )
+        found.append(text)
+    return found
+
+
+def markdown_section(name: str, lines: Lines, theirs: PaperValues) -> str:
+    """Heading, table and notes of one number."""
+    table = table_of(name, lines, theirs)
+    rows = [[", ".join(filter(None, (e.text, e.calls))) for e in row] for row in table.rows]
+    rows = [table.head, ["---"] * len(table.head), *rows]
+    return "\n".join(
+        [
+            f"## {lines[0]['measures'][name]['title']}\n",
+            *("| " + " | ".join(row) + " |" for row in rows),
+            "",
+            " ".join(notes(name, lines, theirs)),
+            "",
+        ]
+    )
