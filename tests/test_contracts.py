@@ -19,6 +19,7 @@ import fid_sweep
 import make_statistics
 import reconstruct
 import sample
+from small_runs import SMALL
 
 from ddim_jax import NoiseSchedule
 from ddim_jax.codec import CODECS, Codec
@@ -29,7 +30,6 @@ from ddim_jax.metrics.table import METRICS
 from ddim_jax.objectives import OBJECTIVES, LossFn, Objective, Setup
 from ddim_jax.runs import (
     SCHEDULES,
-    ModelConfig,
     ScheduleConfig,
     TrainConfig,
     fit,
@@ -186,15 +186,6 @@ def brightness(num_kept: int) -> Metric:
 
 # --------------------------------------------------------------------------- all of them at work
 
-SMALL = ModelConfig(
-    channels=8,
-    channel_mults=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(),
-    dropout=0.0,
-    norm_groups=4,
-)
-
 
 @pytest.fixture(scope="module")
 def tables():
@@ -213,7 +204,7 @@ def config(tables, tmp_path_factory):
     return TrainConfig(
         workdir=str(tmp_path_factory.mktemp("own") / "run"),
         data="digits",
-        model=SMALL,
+        model=dataclasses.replace(SMALL.model, dropout=0.0),
         schedule=ScheduleConfig(name="angle", num_steps=200),
         codec=Blocks(side=2),
         predicts="v",
@@ -221,7 +212,7 @@ def config(tables, tmp_path_factory):
         batch_size=8,
         learning_rate=1e-3,
         warmup_steps=0,
-        sample_every=8,
+        sample_every=0,
         checkpoint_every=4,
         log_every=4,
     )
