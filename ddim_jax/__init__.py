@@ -19,8 +19,10 @@ from ddim_jax.denoisers import from_v as from_v
 from ddim_jax.denoisers import from_x0 as from_x0
 from ddim_jax.denoisers import guided as guided
 from ddim_jax.inversion import encode_fixed_point as encode_fixed_point
+from ddim_jax.keys import draw_noise as draw_noise
 from ddim_jax.keys import image_keys as image_keys
 from ddim_jax.keys import initial_noise as initial_noise
+from ddim_jax.keys import seed_key as seed_key
 from ddim_jax.latents import interpolation_grid as interpolation_grid
 from ddim_jax.latents import interpolation_line as interpolation_line
 from ddim_jax.latents import lerp as lerp

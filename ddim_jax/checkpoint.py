@@ -160,8 +160,13 @@ class Checkpointer:
             for name in wanted
             if name in saved and saved[name] != wanted[name]
         ]
-        if not partial:
-            lines += [f"{name} is only in the checkpoint" for name in saved if name not in wanted]
+        # A part that is asked for is asked for whole: no weight is left out in silence.
+        parts = {name.partition("/")[0] for name in wanted}
+        lines += [
+            f"{name} is only in the checkpoint"
+            for name in saved
+            if name not in wanted and (not partial or name.partition("/")[0] in parts)
+        ]
         if lines:
             more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
             raise ValueError(

@@ -19,6 +19,16 @@ from ddim_jax.types import PRNGKey, Time
 Indices = Int[Array, "B"] | Int[np.ndarray, "B"]
 
 
+def seed_key(seed: int) -> Key[Array, ""]:
+    """The key of a seed in [0, 2**32), of the same generator whatever JAX's default is.
+
+    So that (seed, i) names an image. Raises ValueError for another seed: JAX would wrap it.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, {2**32}), 32 bits; got {seed}.")
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def image_keys(key: PRNGKey, indices: Indices) -> Key[Array, "B"]:
     """One key for each image index, shape (B,): fold_in(key, i)."""
     key, indices = typed_key(key), jnp.asarray(indices)

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 from ddim_jax.checks import check_floating, check_one_of, look_up
 from ddim_jax.denoisers import PARAMETRIZATIONS, NetworkFn
 from ddim_jax.keys import check_keys, draw_each, draw_noise, image_keys, typed_key
-from ddim_jax.predict import predict_noise
+from ddim_jax.predict import checked_answer
 from ddim_jax.process import add_noise
-from ddim_jax.types import Data, EpsFn, NoiseSchedule, PRNGKey, Time
+from ddim_jax.types import Data, EpsFn, NoiseSchedule, Prediction, PRNGKey, Time
 
 Norm = Literal["l2", "l1"]
 Weight: TypeAlias = Callable[[Float[Array, "*index"]], Float[Array, "*index"]]
@@ -38,10 +38,10 @@ def eps_loss(
 ) -> Float[Array, "*index"]:
     """How far eps_fn is from the noise that was added: one number for each example, float32.
 
-    x0 is (B, ...) in [-1, 1]. `t` of shape (B,) picks the noise levels; without it they are drawn
-    uniformly and independently. `key` is one key, or (B,) of them, and then example i depends on
-    key i alone. "l2" is the squared error, "l1" the absolute one, each a mean over the data's axes;
-    for the paper's code, which sums, multiply by x0[0].size.
+    x0 is (B, ...) in [-1, 1]; or one example, with a scalar `t`. `t` of shape (B,) picks the noise
+    levels; without it they are drawn uniformly and independently. `key` is one key, or (B,) of
+    them, and then example i depends on key i alone. "l2" is the squared error, "l1" the absolute
+    one, each a mean over the data's axes; for the paper's code, which sums, multiply by x0[0].size.
     Differentiable in whatever eps_fn closes over.
     Source: eq. 5 with gamma = 1; Ho et al. 2020, algorithm 1.
     """
@@ -78,7 +78,15 @@ def prediction_loss(
     eps = draw_noise(eps_key, x0)
     x_t = add_noise(schedule, x0, eps.astype(x0.dtype), t)
     target = parametrization.target(x0, eps, schedule.alpha_bar(t))
-    error = target - predict_noise(network_fn, x_t, t)
+    answer = checked_answer(network_fn, x_t, t)
+    if isinstance(answer, Prediction) and predicts == "eps":
+        answer = answer.eps
+    if isinstance(answer, Prediction):
+        raise ValueError(
+            "network_fn must return what the network says, one array; got a Prediction, as from_v "
+            "makes. Pass the network itself, and predicts."
+        )
+    error = target - answer
     distance = jnp.square(error) if norm == "l2" else jnp.abs(error)
     loss = distance.mean(axis=tuple(range(t.ndim, x0.ndim)))
     return loss if weight is None else weight(schedule.log_snr(t)) * loss

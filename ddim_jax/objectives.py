@@ -13,13 +13,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from ddim_jax.checks import check_one_of
 from ddim_jax.codec import PIXELS, Codec
 from ddim_jax.keys import image_keys
 from ddim_jax.losses import Norm, Weight, antithetic_timesteps, draw_times, min_snr, prediction_loss
-from ddim_jax.types import NoiseSchedule, PRNGKey
+from ddim_jax.types import Data, NoiseSchedule, PRNGKey
 
 Params: TypeAlias = Any
 Batch: TypeAlias = Mapping[str, Array]
@@ -53,7 +53,8 @@ class LossInputs(NamedTuple):
 LossFn: TypeAlias = Callable[[Params, LossInputs], tuple[Float[Array, "B"], Any]]
 """(params, inputs) -> one loss for each example, and the loss's next state.
 
-Of a state that depends on the examples, the mean over the devices is kept.
+A state moves once an update. Of its real numbers the mean over devices and microbatches is kept, so
+those may depend on the examples; whole numbers, such as a count, must not.
 """
 
 
@@ -157,18 +158,24 @@ class Denoising(Objective):
             t_key, key = jax.random.split(inputs.key)
             t = self._draw_times(t_key, inputs.places, setup)
             keys = image_keys(key, inputs.places)
-            images, label = inputs.batch["image"], None
-            if self.flip:
-                images = flip_at_random(keys, images)
+            label = None
             if setup.num_classes is not None:
                 label = inputs.batch["label"]
                 if self.label_dropout:
                     label = drop_labels(keys, label, setup.num_classes, self.label_dropout)
-            x0 = setup.codec.encode(inputs.frozen.codec, images, keys)
+            x0 = self._x0(keys, inputs, setup.codec)
             losses = jax.vmap(example_loss, in_axes=(None, 0, 0, 0, 0))(params, keys, t, x0, label)
             return losses, inputs.state
 
         return loss_fn
+
+    def _x0(self, keys: Key[Array, "B"], inputs: LossInputs, codec: Codec) -> Data:
+        images = inputs.batch["image"]
+        # A flip of pixels is the same before and after the codec; after it, runs keep their bits.
+        if self.flip and not codec.is_identity:
+            images = flip_at_random(keys, images)
+        x0 = codec.encode(inputs.frozen.codec, images, keys)
+        return flip_at_random(keys, x0) if self.flip and codec.is_identity else x0
 
     def _draw_times(self, key: PRNGKey, places: Int[Array, "B"], setup: Setup) -> Array:
         if self.timesteps == "antithetic":
@@ -177,8 +184,8 @@ class Denoising(Objective):
 
 
 def flip_at_random(
-    keys: Key[Array, "B"], images: UInt8[Array, "B H W C"]
-) -> UInt8[Array, "B H W C"]:
+    keys: Key[Array, "B"], images: Shaped[Array, "B H W C"]
+) -> Shaped[Array, "B H W C"]:
     """Each image mirrored left to right, or not, by the toss of its own key."""
 
     def flip(key, image):

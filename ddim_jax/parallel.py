@@ -129,14 +129,20 @@ def map_batches(
     with the same. Each batch is filled up with its last row, to the size of the largest before it
     and to a multiple of the devices, so that one compiled program serves all; the filling is cut
     from the result. While one result is handed out, `ahead` more are computed.
+    Raises ValueError for arrays of one batch, or results, of different lengths.
     """
     devices, size = jax.local_device_count(), 0
-    computing: collections.deque[tuple[Any, int]] = collections.deque()
+    computing: collections.deque[tuple[Any, int, int]] = collections.deque()
     for batch in batches:
         rows = batch if isinstance(batch, tuple) else (batch,)
         num_rows = len(rows[0])
+        if any(len(array) != num_rows for array in rows):
+            raise ValueError(
+                f"arrays must have one row for each row of the first; got {[*map(len, rows)]} rows."
+            )
         size = max(size, -(-num_rows // devices) * devices)
-        computing.append((program(params, *(_filled(array, size) for array in rows)), num_rows))
+        result = program(params, *(_filled(array, size) for array in rows))
+        computing.append((result, num_rows, size))
         if len(computing) > ahead:
             yield _on_host(*computing.popleft())
     while computing:
@@ -151,8 +157,9 @@ def map_rows(program: Callable[..., Any], params: Any, batch_size: int, *arrays:
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-    if len(arrays[0]) == 0:
-        raise ValueError("arrays must have at least one row; got none.")
+    num_rows = {len(array) for array in arrays}
+    if num_rows == {0} or len(num_rows) != 1:
+        raise ValueError(f"arrays must have rows, and all as many; got {[*map(len, arrays)]} rows.")
     starts = range(0, len(arrays[0]), batch_size)
     batches = (tuple(array[start : start + batch_size] for array in arrays) for start in starts)
     parts = list(map_batches(program, params, batches))
@@ -165,8 +172,15 @@ def _filled(array: Any, size: int) -> np.ndarray:
     return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
 
 
-def _on_host(result: Any, num_rows: int) -> Any:
-    return jax.tree.map(lambda array: np.asarray(array)[:num_rows], result)
+def _on_host(result: Any, num_rows: int, size: int) -> Any:
+    def cut(array: Any) -> np.ndarray:
+        if array.shape[:1] != (size,):
+            raise ValueError(
+                f"program must return one row for each of its {size} rows; got shape {array.shape}."
+            )
+        return np.asarray(array)[:num_rows]
+
+    return jax.tree.map(cut, result)
 
 
 def initialize_distributed(

@@ -51,7 +51,10 @@ class Sampler(NamedTuple):
     init: Callable[[jax.Array], Any]
     """x_T -> state."""
     step: Callable[..., Any]
-    """(key, state, eps_fn, schedule, t, t_prev) -> state at t_prev, which may be clean data."""
+    """(key, state, eps_fn, schedule, t, t_prev) -> state at t_prev, which may be clean data.
+
+    `key` is this step's: one key, or one for each image (B,), or None; `draw_noise(key, x)` takes
+    the first two. `eps_fn` gives eps or a pair; `ddim_step` takes either."""
     network_calls: Callable[[int], int] = one_call_a_step
     """S -> how often the network is evaluated in S steps, the last of them to clean data."""
 
@@ -212,7 +215,8 @@ def encode(eps_fn: Denoiser, schedule: NoiseSchedule, x_0: Data, timesteps: Time
 
     Runs eq. 12 upwards in exactly len(timesteps) steps. The network is never evaluated at clean
     data's index: the first step evaluates it at the lowest index of the list. The error of encoding
-    then decoding falls as the list gets longer (section 5.4, Table 2).
+    then decoding falls as the list gets longer (section 5.4, Table 2). One step from clean data
+    straight to alpha_bar = 0 forgets the image.
     Raises ValueError for timesteps out of order or range, and for what `clip_x0` returned.
     """
     check_not_clipped(eps_fn)

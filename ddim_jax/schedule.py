@@ -73,7 +73,7 @@ class Schedule:
 
     def is_clean(self, t: Time, /) -> Bool[Array, "*index"]:
         """Whether t is -1, clean data."""
-        return jnp.asarray(t) < 0
+        return jnp.asarray(t) == self.clean
 
     def nearest(self, log_snr: Level, /) -> Int[Array, "*level"]:
         """The index in [0, T - 1] whose log SNR is nearest to the one given."""

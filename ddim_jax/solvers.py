@@ -97,7 +97,8 @@ def probability_flow_euler() -> Sampler:
     """Euler's method for the same equation in s^2, where DDIM's is in s (see ode.py).
 
     What Song et al. call Euler for the probability-flow ODE: equal to DDIM in the limit of many
-    steps, worse in few. S network calls. Source: Song, Meng, Ermon 2021, eq. 15.
+    steps, worse in few. S network calls. From alpha_bar = 0, where s is infinite, it gives NaN.
+    Source: Song, Meng, Ermon 2021, eq. 15.
     """
 
     def step(key, state, eps_fn, schedule, t, t_prev):

@@ -99,6 +99,11 @@ def train_step(
     def mean_loss(params, loss_state, places, batch):
         inputs = LossInputs(state.ema_params, frozen, loss_state, key, places, batch)
         losses, loss_state = loss_fn(params, inputs)
+        if losses.shape != places.shape:
+            raise ValueError(
+                f"loss_fn must return one loss for each example, shape {places.shape}; got "
+                f"{losses.shape}."
+            )
         return losses.mean(), loss_state
 
     loss, grads, loss_state = _over_microbatches(
@@ -110,7 +115,9 @@ def train_step(
     )
     if axis_name is not None:
         loss, grads = jax.lax.pmean((loss, grads), axis_name)
-        loss_state = jax.tree.map(lambda a: _mean_if_real(a, axis_name), loss_state)
+        loss_state = jax.tree.map(
+            lambda a: jax.lax.pmean(a, axis_name) if _is_real(a) else a, loss_state
+        )
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -122,9 +129,10 @@ def train_step(
 
 
 def _over_microbatches(function, params, loss_state, examples, num_parts: int):
-    """Mean loss and gradient over equal parts of the examples, one after another; the last state.
+    """Means of loss, gradient and loss state over equal parts of the examples, one after another.
 
-    `function` is (params, loss state, *part) -> ((loss, loss state), gradient).
+    `function` is (params, loss state, *part) -> ((loss, loss state), gradient). All parts see the
+    state of the step before, so that it moves once an update; what is not real is the last part's.
     """
     size = jax.tree.leaves(examples)[0].shape[0]
     if num_parts < 1 or size % num_parts:
@@ -132,19 +140,25 @@ def _over_microbatches(function, params, loss_state, examples, num_parts: int):
             f"num_microbatches must divide the batch of one device, {size}; got {num_parts}."
         )
     part_size = size // num_parts
-    total = None
+    total, states = None, []
     # Unrolled, not scanned: on XLA:CPU a train step inside a scan runs many times slower.
     for i in range(num_parts):
         part = jax.tree.map(lambda a, i=i: a[i * part_size : (i + 1) * part_size], examples)
-        (loss, loss_state), grads = function(params, loss_state, *part)
+        (loss, part_state), grads = function(params, loss_state, *part)
+        states.append(part_state)
         value = loss, grads
         total = value if total is None else jax.tree.map(jnp.add, total, value)
         # Keeps the parts from running, and their activations from living, at the same time.
         params, total = jax.lax.optimization_barrier((params, total))
     loss, grads = jax.tree.map(lambda a: a / num_parts, total)
-    return loss, grads, loss_state
+    return loss, grads, jax.tree.map(lambda *parts: _mean_if_real(parts), *states)
 
 
-def _mean_if_real(array: jax.Array, axis_name: str) -> jax.Array:
-    real = jnp.issubdtype(array.dtype, jnp.floating)
-    return jax.lax.pmean(array, axis_name) if real else array
+def _mean_if_real(parts: tuple[jax.Array, ...]) -> jax.Array:
+    if len(parts) == 1 or not _is_real(parts[-1]):
+        return parts[-1]
+    return sum(parts[1:], parts[0]) / len(parts)
+
+
+def _is_real(array: jax.Array) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))

@@ -32,7 +32,7 @@ from presets import PRESETS
 from ddim_jax.data.load import load_images
 from ddim_jax.data.pixels import to_model_range, to_uint8
 from ddim_jax.data.stream import sequential_batches
-from ddim_jax.keys import initial_noise
+from ddim_jax.keys import initial_noise, seed_key
 from ddim_jax.metrics.features import FeatureName
 from ddim_jax.metrics.frechet import frechet_distance_from_features
 from ddim_jax.runs import DrawInputs, Run, draw_images, image_program, load_trained
@@ -127,7 +127,7 @@ def _drawer(run: Run, num_steps: int, seed: int) -> Drawer:
     program = image_program(run.spec, run.spec.timesteps(num_steps, "uniform"), ddim_or_sigma_hat)
 
     def draw(num_images: int, eta: float) -> np.ndarray:
-        inputs = DrawInputs(run.params, jax.random.key(seed), (eta, False))
+        inputs = DrawInputs(run.params, seed_key(seed), (eta, False))
         return draw_images(program, inputs, num_images, PICTURE_BATCH)
 
     return draw
@@ -182,7 +182,7 @@ def _save_side_by_side(path: pathlib.Path, left: np.ndarray, right: np.ndarray) 
 def _draw_denoising(path: pathlib.Path, run: Run, seed: int) -> None:
     """Rows in pairs: the state x_t, and x0_hat seen from it, at ten of 50 DDIM steps."""
     spec = run.spec
-    x_T, _ = initial_noise(jax.random.key(seed), jnp.arange(4), spec.latent_shape)
+    x_T, _ = initial_noise(seed_key(seed), jnp.arange(4), spec.latent_shape)
     timesteps = spec.timesteps(50, "uniform")
     states, x0s = jax.jit(
         lambda params, x_T: sample_trajectory(

@@ -191,7 +191,7 @@ def _measure_missing(sweep: Sweep) -> None:
     wanted = sweep_settings(
         drawer.run, drawer.measures, config.num_samples, config.seed, config.kept_features
     )
-    there = find_settings(out, wanted, config.batch_size, drawer.run) or {}
+    there = find_settings(out, wanted, config.batch_size, drawer.run, config.dtype) or {}
     done = {cell_of(line) for line in read_results(out)}
     missing = [cell for cell in sweep.cells if cell not in done]
     if not there and not missing:

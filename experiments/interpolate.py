@@ -19,7 +19,7 @@ from common import cli, figures, real
 from common.options import DrawOptions, ModelOptions, RealImageOptions, StepsOptions
 from jaxtyping import Float, UInt8
 
-from ddim_jax.keys import initial_noise
+from ddim_jax.keys import initial_noise, seed_key
 from ddim_jax.latents import interpolation_grid, interpolation_line, lerp, slerp
 from ddim_jax.parallel import map_rows, over_devices
 from ddim_jax.runs import Run, RunParams, checked_images, to_pixels
@@ -50,7 +50,7 @@ def main(config: InterpolateConfig) -> None:
     spec = run.spec
     timesteps = spec.timesteps(config.num_sample_steps, config.spacing)
     spec.check_label(config.label)
-    noise, _ = initial_noise(jax.random.key(config.seed), jnp.arange(4), spec.latent_shape)
+    noise, _ = initial_noise(seed_key(config.seed), jnp.arange(4), spec.latent_shape)
     originals = None
     ends = noise[:2]
     if config.images is not None:

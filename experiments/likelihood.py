@@ -20,7 +20,7 @@ from common.options import DrawOptions, ModelOptions, RealImageOptions
 from common.results import write_results
 
 from ddim_jax.bound import BoundTerms, fixed_large_sigmas, process_sigmas, variational_bound
-from ddim_jax.keys import image_keys
+from ddim_jax.keys import image_keys, seed_key
 from ddim_jax.parallel import map_rows, over_devices
 from ddim_jax.runs import RunParams, RunSpec
 from ddim_jax.runs.options import check_limits, option
@@ -111,7 +111,7 @@ def bound_program(
 
     def bound(params: RunParams, image, label, index):
         eps_fn, x_0 = spec.denoiser(params, label), spec.encode(params, image)
-        keys = image_keys(jax.random.key(seed), index)
+        keys = image_keys(seed_key(seed), index)
         # x_t does not depend on sigma, so under vmap the network is evaluated once for all.
         terms = jax.vmap(
             lambda sigma, model_sigma: variational_bound(

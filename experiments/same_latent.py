@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from common import cli, figures
@@ -16,6 +15,7 @@ from common.options import DrawOptions, ModelOptions, SpacingOptions
 from common.results import write_results
 from jaxtyping import Float, UInt8
 
+from ddim_jax.keys import seed_key
 from ddim_jax.metrics.classifier import TrainedClassifier, apply_classifier, load_classifier
 from ddim_jax.runs import DrawInputs, Run, draw_images, image_program
 from ddim_jax.runs.options import check_limits, option
@@ -79,7 +79,7 @@ def _draw_images(
     for timesteps in grids:
         program = image_program(run.spec, timesteps, ddim)
         for method, eta in METHODS.items():
-            inputs = DrawInputs(run.params, jax.random.key(config.seed), (eta,))
+            inputs = DrawInputs(run.params, seed_key(config.seed), (eta,))
             drawn = draw_images(program, inputs, config.num_images, config.batch_size)
             images[method].append(drawn)
     return {method: np.stack(drawn) for method, drawn in images.items()}

@@ -9,11 +9,11 @@ import dataclasses
 import pathlib
 import time
 
-import jax
 import numpy as np
 from common import cli, pictures
 from common.options import DrawOptions, ModelOptions, SamplerOptions, StepsOptions
 
+from ddim_jax.keys import seed_key
 from ddim_jax.runs import DrawInputs, draw_images, image_program
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.samplers import Sampler
@@ -54,7 +54,7 @@ def main(config: SampleConfig) -> None:
     out = pathlib.Path(config.out)
     _check_out(out, config.num_images)
     started = time.monotonic()
-    inputs = DrawInputs(run.params, jax.random.key(config.seed))
+    inputs = DrawInputs(run.params, seed_key(config.seed))
     images = draw_images(program, inputs, config.num_images, config.batch_size)
     seconds = time.monotonic() - started
 

@@ -17,7 +17,7 @@ from common import cli, figures, pictures
 from common.options import DrawOptions, ModelOptions, SamplerOptions, StepsOptions
 from jaxtyping import UInt8
 
-from ddim_jax.keys import initial_noise
+from ddim_jax.keys import initial_noise, seed_key
 from ddim_jax.parallel import map_rows, over_devices
 from ddim_jax.runs import Run, RunParams, checked_images, to_pixels
 from ddim_jax.runs.options import check_limits, option
@@ -66,7 +66,7 @@ def _trajectories(
     spec = run.spec
 
     def program(params: RunParams, indices):
-        x_T, keys = initial_noise(jax.random.key(config.seed), indices, spec.latent_shape)
+        x_T, keys = initial_noise(seed_key(config.seed), indices, spec.latent_shape)
         eps_fn = spec.denoiser(params, indices % (spec.num_classes or 1))
         both = sample_trajectory(keys, eps_fn, spec.schedule, x_T, timesteps, sampler)
         # One time after the other: all at once would outgrow what sampling needs.

@@ -25,6 +25,8 @@ from ddim_jax import NoiseSchedule
 from ddim_jax.codec import CODECS, Codec
 from ddim_jax.data.digits import digits
 from ddim_jax.data.pixels import to_model_range
+from ddim_jax.keys import image_keys
+from ddim_jax.losses import draw_times
 from ddim_jax.metrics.metric import Metric, Number
 from ddim_jax.metrics.table import METRICS
 from ddim_jax.objectives import OBJECTIVES, LossFn, Objective, Setup
@@ -94,7 +96,8 @@ class Imitate(Objective):
     def loss_fn(self, setup: Setup) -> LossFn:
         def loss_fn(params, inputs):
             x0 = setup.codec.encode(inputs.frozen.codec, inputs.batch["image"])
-            t = setup.schedule.draw(inputs.key, (x0.shape[0],))
+            keys = image_keys(inputs.key, inputs.places)
+            t = draw_times(keys, x0.shape[0], setup.schedule)
             said = setup.apply_fn({"params": params}, x0, t)
             right = setup.apply_fn({"params": inputs.frozen.objective}, x0, t)
             losses = jnp.square(said - right).mean(axis=(1, 2, 3))

@@ -7,7 +7,7 @@ import pytest
 from refusals import refused
 
 import ddim_jax as dj
-from ddim_jax.keys import check_keys, draw_each, draw_noise, fold_in, typed_key
+from ddim_jax.keys import check_keys, draw_each, draw_noise, fold_in, seed_key, typed_key
 
 KEY = jax.random.key(0)
 IMPLEMENTATIONS = ["threefry2x32", "rbg", "unsafe_rbg"]
@@ -149,3 +149,12 @@ def test_a_wrong_number_of_keys_is_refused(shape):
         check_keys(keys, jnp.zeros((3, 5)))
     with refused(r"key must be one key, or one for each of the \(\) images; got"):
         draw_noise(keys, jnp.zeros(()))
+
+
+def test_a_seed_names_one_key_whatever_the_default_generator():
+    want = jax.random.key_data(jax.random.key(7, impl="threefry2x32"))
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(jax.random.key_data(seed_key(7)), want)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=r"seed must be in \[0, 4294967296\)"):
+            seed_key(seed)

@@ -395,3 +395,11 @@ def test_bad_predictions_and_weights_are_refused_by_name():
 def test_an_index_outside_the_schedule_gives_nan():
     loss = dj.eps_loss(KEY, lambda x, t: x, SCHEDULE, jnp.zeros((2, 4)), t=jnp.array([5, 1000]))
     assert np.isnan(loss).tolist() == [False, True]
+
+
+def test_a_denoiser_in_the_place_of_its_network_is_refused():
+    v = dj.from_v(lambda x, t: x, dj.linear_schedule())
+    with pytest.raises(ValueError, match="got a Prediction"):
+        dj.prediction_loss(
+            jax.random.key(0), v, dj.linear_schedule(), jnp.zeros((2, 3)), predicts="v"
+        )

@@ -281,5 +281,14 @@ def test_so_many_batches_compute_ahead_of_the_one_handed_out(ahead):
 def test_rows_are_taken_at_least_one_at_a_time():
     with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
         parallel.map_rows(lambda params, x: x, None, 0, np.ones(3))
-    with pytest.raises(ValueError, match="arrays must have at least one row; got none"):
+    with pytest.raises(ValueError, match=r"arrays must have rows, and all as many; got \[0\]"):
         parallel.map_rows(lambda params, x: x, None, 4, np.ones((0, 3)))
+
+
+def test_rows_that_do_not_go_together_are_refused():
+    program = parallel.over_devices(lambda params, a, b: a + b)
+    for other in (np.arange(9.0), np.arange(11.0)):
+        with pytest.raises(ValueError, match=r"got \[10, (9|11)\] rows"):
+            parallel.map_rows(program, {}, 4, np.arange(10.0), other)
+    with pytest.raises(ValueError, match="one row for each of its 3 rows"):
+        list(parallel.map_batches(lambda params, a: jnp.zeros(8), {}, [np.arange(3.0)]))

@@ -151,7 +151,7 @@ def test_a_spoilt_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path):
         ({"log_every": 0}, "log_every must be at least 1"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": -1}, "seed must be in"),
         ({"learning_rate": -1.0}, "learning_rate must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
         ({"ema_decay": 2.0}, r"ema_decay must be in \[0, 1\)"),

@@ -692,3 +692,22 @@ def test_damaged_files_are_named_with_the_way_out(old_sweep, name, content, mess
     (pathlib.Path(old_sweep.out) / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name}.*{message}"):
         fid_sweep.main(old_sweep)
+
+
+def test_an_old_sweep_knew_no_dtype(old_sweep):
+    with pytest.raises(ValueError, match="dtype must be left out to continue the sweep"):
+        fid_sweep.main(dataclasses.replace(old_sweep, dtype="bfloat16"))
+
+
+def test_results_whose_sweep_is_gone_are_not_taken_over(finished, tmp_path):
+    """Else another model's cells would stand in one table with them."""
+    out = shutil.copytree(finished.out, tmp_path / "sweep")
+    (out / "sweep.json").unlink()
+    with pytest.raises(ValueError, match="of a sweep whose"):
+        fid_sweep.main(dataclasses.replace(finished, out=str(out), seed=7))
+
+
+def test_settings_that_look_alike_have_files_of_their_own():
+    etas = (0.3333333, 0.33333334, 0.1)
+    names = [Cell(10, "ddim", eta, 1.0, "uniform").name("uniform") for eta in etas]
+    assert len(set(names)) == 3 and names[2] == "S0010_eta_0.1"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from refusals import refused
 
 from ddim_jax import image_keys, train
 from ddim_jax.objectives import Frozen
@@ -165,7 +166,7 @@ def test_a_loss_sees_the_average_the_frozen_its_state_the_key_and_the_places(num
     np.testing.assert_allclose(state.params, params, rtol=1e-4)
     np.testing.assert_allclose(state.ema_params, average, rtol=1e-4)
     np.testing.assert_allclose(state.loss_state["mean"], mean, rtol=1e-4)
-    assert int(state.loss_state["count"]) == 5 * num_parts
+    assert int(state.loss_state["count"]) == 5  # once an update
     assert np.isfinite(metrics["loss"])
     np.testing.assert_array_equal(frozen.objective["w"], w)  # not consumed with the state
 
@@ -184,3 +185,40 @@ def test_an_average_of_its_own_is_kept_by_a_decay_without_warm_up():
     # With it the decay is 2 / 11.
     np.testing.assert_allclose(after_one_step(ema_decay=0.9), [19 / 11, 32 / 11], rtol=1e-6)
     np.testing.assert_array_equal(average, [5.0, 7.0])  # a copy was donated
+
+
+def test_a_state_moves_once_an_update_whatever_the_microbatches():
+    """A count goes up by one; the running mean is numpy's over the whole batch."""
+
+    def loss_fn(params, inputs):
+        losses = params["w"] * inputs.batch["x"]
+        state = {"count": inputs.state["count"] + 1, "seen": inputs.state["seen"] + losses.mean()}
+        return losses, state
+
+    batch = {"x": jnp.arange(8.0)}
+    tx = optax.sgd(0.0)
+    for parts in (1, 2, 4):
+        state = train.init_train_state(
+            jax.random.key(0),
+            {"w": jnp.float32(2.0)},
+            tx,
+            loss_state={"count": jnp.int32(0), "seen": jnp.float32(1.0)},
+        )
+        step = functools.partial(
+            train.train_step, loss_fn=loss_fn, tx=tx, ema_decay=0.9, num_microbatches=parts
+        )
+        state, _ = jax.jit(step)(state, batch)
+        assert state.loss_state["count"] == 1
+        np.testing.assert_allclose(state.loss_state["seen"], 1 + 2 * np.arange(8).mean())
+
+
+@pytest.mark.parametrize("shape", [(), (4, 4), (2,)])
+def test_another_number_of_losses_is_refused(shape):
+    tx = optax.sgd(0.1)
+    state = train.init_train_state(jax.random.key(0), {"w": jnp.float32(1.0)}, tx)
+
+    def loss_fn(params, inputs):
+        return params["w"] * jnp.ones(shape), inputs.state
+
+    with refused("one loss for each example"):
+        train.train_step(state, {"x": jnp.zeros(4)}, loss_fn=loss_fn, tx=tx, ema_decay=0.9)

@@ -190,23 +190,24 @@ def test_encoding_gaussian_data_to_pure_noise_and_back(predicts, spacing):
     z = jax.random.normal(KEY, (50, 2))
     x_0 = jnp.float32(reference.gaussian_flow_from_noise(z, MEAN, COV))
     errors = {dj.encode: [], dj.encode_fixed_point: []}
-    for S in (10, 40, 80):
+    for S in (20, 40, 80):
         timesteps = SCHEDULE.timesteps(S, spacing)
         for encode, found in errors.items():
             x_T = encode(GAUSSIAN[predicts], SCHEDULE, x_0, timesteps)
             states, _ = draw("ddim", GAUSSIAN[predicts], x_T, timesteps)
             found.append(np.abs(states[-1] - x_0).max())
     plain = np.array(errors[dj.encode])
-    assert np.all(plain[1:] < (0.4, 0.65) * plain[:-1]) and plain[-1] < 0.2, plain
+    assert np.all(plain[1:] < 0.7 * plain[:-1]) and plain[-1] < 0.2, plain
     assert max(errors[dj.encode_fixed_point]) < 1e-5, errors
 
 
 def test_the_fixed_point_finds_the_latent_that_was_decoded():
     """Also its last step, where the network's eps is x_T itself, whatever x_T is."""
-    x_T, timesteps = jax.random.normal(KEY, (50, 2)), SCHEDULE.timesteps(4, "trailing")
-    states, _ = draw("ddim", GAUSSIAN["v"], x_T, timesteps)
-    found = dj.encode_fixed_point(GAUSSIAN["v"], SCHEDULE, states[-1], timesteps)
-    np.testing.assert_allclose(found, x_T, atol=1e-4)
+    x_T, timesteps = jax.random.normal(KEY, (50, 2)), SCHEDULE.timesteps(6, "trailing")
+    for denoiser in GAUSSIAN.values():
+        states, _ = draw("ddim", denoiser, x_T, timesteps)
+        found = dj.encode_fixed_point(denoiser, SCHEDULE, states[-1], timesteps, 12)
+        np.testing.assert_allclose(found, x_T, atol=1e-5)
 
 
 @by_prediction

@@ -63,7 +63,7 @@ class TrainConfig:
     """Start from the weights of this workdir, trained or converted, instead of random ones; the
     average then goes on from its average, without a warm-up."""
 
-    seed: int = option(0, at_least=0)
+    seed: int = option(0, at_least=0, below=2**32)
     """Of the initial weights, the order of the data and all noise."""
     max_seconds: float | None = option(None, at_least=0, may_change=True)
     """Stop cleanly, with a checkpoint, after this long; the next call goes on from there."""

@@ -20,6 +20,7 @@ from ddim_jax.data.source import ImageSource
 from ddim_jax.data.stream import batches, prefetch_to_device
 from ddim_jax.files import only_one_process
 from ddim_jax.hashing import content_hash
+from ddim_jax.keys import seed_key
 from ddim_jax.objectives import Frozen, LossFn, Setup
 from ddim_jax.runs.config import TrainConfig
 from ddim_jax.runs.draw import DrawInputs, draw_images, image_program
@@ -73,7 +74,7 @@ def fit(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> None:
     parallel.check_batch_size(config.batch_size, config.num_microbatches)
     job = _job(config)
     # Traced before anything is written: a network that does not fit the images is refused here.
-    key = jax.random.key(config.seed, impl="threefry2x32")
+    key = seed_key(config.seed)
     template = jax.eval_shape(job.init, key)
     description = _described(job)
     with contextlib.ExitStack() as stack:
@@ -163,6 +164,13 @@ def _weights_from(workdir: str, spec: RunSpec) -> tuple[Any, Any]:
             f"predicts must be {there.predicts}, as the network of init_from {workdir} does; got "
             f"{spec.predicts}. Its weights would fit, and mean something else."
         )
+    if there.codec != spec.codec:
+        raise ValueError(
+            f"codec must be {there.codec}, as of init_from {workdir}; got {spec.codec}. Its "
+            "network sees what that codec makes of images."
+        )
+    if there.schedule_config != spec.schedule_config:
+        print(f"init_from {workdir} was trained on another schedule: {there.schedule_config}")
     only = read_config(workdir).get("converted_from", {}).get("weights")
     kinds = (only, only) if only else ("raw", "ema")
     params, average = (load_weights(workdir, spec, kind)[0] for kind in kinds)
@@ -268,7 +276,7 @@ def _preview_program(job: _Job) -> Callable[[Any], np.ndarray]:
 
     def draw(ema_params: Any) -> np.ndarray:
         params = RunParams(ema_params, job.frozen.codec)
-        inputs = DrawInputs(params, jax.random.key(0))
+        inputs = DrawInputs(params, seed_key(0))
         return draw_images(program, inputs, NUM_PREVIEWS, NUM_PREVIEWS)
 
     return draw

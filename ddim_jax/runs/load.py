@@ -44,8 +44,15 @@ class Run:
     ) -> Denoiser:
         """The network with these weights, for `sample`, `encode` and whatever else takes one.
 
-        `label` is one class, or (B,) of them.
+        `label` is one class, or (B,) of them. Raises ValueError for what the network has not.
         """
+        if label is not None and self.spec.num_classes is None:
+            raise ValueError(
+                "label must be left out for a network that was trained without labels; got "
+                f"{label}."
+            )
+        if isinstance(label, int):
+            self.spec.check_label(label)
         label = None if label is None else jnp.asarray(label)
         return self.spec.denoiser(self.params, label, guidance_scale)
 
@@ -64,8 +71,9 @@ class Run:
         """uint8 images, drawn on all devices of this host; image i depends on (key, i) alone.
 
         Of a network with classes image i is of class i % K, or all are of the class `label`. The
-        program of a setting is compiled once. Raises ValueError for settings the run cannot have,
-        FloatingPointError where an image is not finite.
+        program of a setting is compiled once, of a sampler for as long as it is the same object.
+        Raises ValueError for settings the run cannot have, FloatingPointError where an image is not
+        finite.
         """
         timesteps = tuple(self.spec.timesteps(num_sample_steps, spacing).tolist())
         program = _program(self.spec, timesteps, sampler, label, guidance_scale)
@@ -89,6 +97,7 @@ class Run:
             "weights": {"kind": self.weights, "step": self.step, "hash": self.weights_hash},
             "codec_hash": content_hash(codec)[:16] if jax.tree.leaves(codec) else None,
             "matmul_precision": _matmul_precision(),
+            "threefry_partitionable": bool(jax.config.jax_threefry_partitionable),  # pyright: ignore
             "device_kind": jax.devices()[0].device_kind,
         }
         return json.loads(json.dumps(facts))  # as it will be read: lists for tuples

@@ -170,8 +170,14 @@ class RunSpec:
         into its program.
 
         A network that was trained without labels does not see `label`.
-        A guidance scale other than 1 takes two network evaluations where others take one.
+        A guidance scale other than 1 takes two network evaluations where others take one; without
+        labels it is a ValueError.
         """
+        if guidance_scale != 1 and (label is None or self.num_classes is None):
+            raise ValueError(
+                f"guidance_scale must be 1 without a label; got {guidance_scale:g}. Guidance goes "
+                "from no class to one."
+            )
         wrap = PARAMETRIZATIONS[self.predicts].denoiser
 
         def given(*label: jax.Array) -> Denoiser:
@@ -203,7 +209,7 @@ class RunSpec:
     def check_label(self, label: int) -> None:
         """Raise ValueError unless the network has this class; one without labels has only 0."""
         classes = self.num_classes or 1
-        if not 0 <= label < classes:
+        if isinstance(label, bool) or label not in range(classes):
             raise ValueError(
                 f"label must be in [0, {classes - 1}], the classes of this network; got {label}."
             )
@@ -226,6 +232,8 @@ def spec_from(config: Mapping[str, Any]) -> RunSpec:
 
     Raises KeyError, TypeError or ValueError for what describes no run.
     """
+    if (rounding := config.get("rounding", ROUNDING)) != ROUNDING:
+        raise ValueError(f"rounding must be {ROUNDING}, the only one there is; got {rounding!r}.")
     return RunSpec(
         model_config=ModelConfig(**with_tuples(config["model"])),
         schedule_config=ScheduleConfig(**config["schedule"]),

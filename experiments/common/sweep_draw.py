@@ -12,6 +12,7 @@ import numpy as np
 
 from common.measures import Features, Measure
 from common.sweep_store import Cell
+from ddim_jax.keys import seed_key
 from ddim_jax.parallel import map_batches
 from ddim_jax.runs import DrawInputs, Run, RunSpec, image_program
 from ddim_jax.runs.draw import ImageProgram, Pixels
@@ -73,7 +74,7 @@ class Drawer:
             }
             return Batch(pixels, features)
 
-        inputs = DrawInputs(self.run.params, jax.random.key(self.seed), values)
+        inputs = DrawInputs(self.run.params, seed_key(self.seed), values)
         return map_batches(program, inputs, batches)
 
     def seconds_of_one(self, cell: Cell, batch_size: int) -> float:

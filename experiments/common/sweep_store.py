@@ -45,9 +45,9 @@ class Cell(NamedTuple):
     def name(self, plain_spacing: str) -> str:
         """What the cell's files are called; a spacing is named unless it is the plain one."""
         parts = [f"S{self.num_steps:04d}"]
-        parts.append(self.sampler if self.eta is None else f"eta_{self.eta:g}")
+        parts.append(self.sampler if self.eta is None else f"eta_{_exact(self.eta)}")
         if self.guidance_scale != 1:
-            parts.append(f"guidance_{self.guidance_scale:g}")
+            parts.append(f"guidance_{_exact(self.guidance_scale)}")
         if self.spacing != plain_spacing:
             parts.append(self.spacing)
         return "_".join(parts)
@@ -56,6 +56,11 @@ class Cell(NamedTuple):
         """Network evaluations behind one image."""
         calls = SAMPLERS[self.sampler]().network_calls(self.num_steps)
         return calls if self.guidance_scale == 1 else 2 * calls
+
+
+def _exact(number: float) -> str:
+    """As short as can be, and never the name of another number."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 class Progress(NamedTuple):
@@ -86,7 +91,11 @@ def sweep_settings(
 
 
 def find_settings(
-    out: pathlib.Path, wanted: Mapping[str, Any], batch_size: int | None, run: Run
+    out: pathlib.Path,
+    wanted: Mapping[str, Any],
+    batch_size: int | None,
+    run: Run,
+    dtype: str | None,
 ) -> dict[str, Any] | None:
     """The settings of the sweep in `out`, in today's format; None without one.
 
@@ -94,11 +103,26 @@ def find_settings(
     """
     path = out / "sweep.json"
     if not path.exists():
+        if left := [name for name in ("results.jsonl", "partial.npz") if (out / name).exists()]:
+            raise ValueError(
+                f"out {out} holds {' and '.join(left)} of a sweep whose sweep.json is gone, so "
+                "nobody knows of which. Restore it, or give another folder."
+            )
         return None
     way_out = "Restore it, or give another folder."
     there = read_json(path, way_out=way_out)
     _check_format(path, there)
     if "format" not in there:
+        if dtype is not None:
+            raise ValueError(
+                f"dtype must be left out to continue the sweep in {out}, whose version had no such "
+                f"option; got {dtype}."
+            )
+        print(
+            f"{path} is of an older version, which wrote down weights and rounding alone of the "
+            "model: check that its config.json is what it was",
+            flush=True,
+        )
         try:
             there = sweep_format_1.settings(there, wanted)
         except (KeyError, TypeError, AttributeError) as error:
