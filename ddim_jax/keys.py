@@ -31,8 +31,7 @@ def seed_key(seed: int) -> Key[Array, ""]:
 
 def image_keys(key: PRNGKey, indices: Indices) -> Key[Array, "B"]:
     """One key for each image index, shape (B,): fold_in(key, i)."""
-    key, indices = typed_key(key), jnp.asarray(indices)
-    return draw_each(jax.random.fold_in, jnp.broadcast_to(key, indices.shape), indices)
+    return draw_each(jax.random.fold_in, typed_key(key), jnp.asarray(indices))
 
 
 def initial_noise(
@@ -69,15 +68,27 @@ def fold_in(key: PRNGKey, i: Time) -> PRNGKey:
         i = jax.lax.bitcast_convert_type(jnp.asarray(i, jnp.float32), jnp.int32)
     if key.ndim == 0:
         return jax.random.fold_in(key, i)
-    return draw_each(jax.random.fold_in, key, jnp.broadcast_to(i, key.shape))
+    return draw_each(jax.random.fold_in, key, jnp.asarray(i))
 
 
-def draw_each(draw: Callable[..., jax.Array], keys: PRNGKey, *args: jax.Array) -> jax.Array:
-    """draw(key, *args) for each of the keys (B,) and entries of the args, stacked."""
-    if jax.random.key_impl(keys) == "threefry2x32":
-        return jax.vmap(draw)(keys, *args)
+def draw_each(draw: Callable[..., jax.Array], key: PRNGKey, *args: jax.Array) -> jax.Array:
+    """draw(key, *args) for each entry of those that have a leading axis (B,), stacked.
+
+    A key or a number without one is for all.
+    """
+    inputs = (key, *args)
+    # Not broadcast: on a mesh the copies would be split otherwise than what has an axis.
+    axes = tuple(0 if a.ndim else None for a in inputs)
+    if jax.random.key_impl(key) == "threefry2x32":
+        return jax.vmap(draw, axes)(*inputs)
     # Under vmap the hardware generators (rbg) would draw everything from the batch's first key.
-    return jax.lax.map(lambda inputs: draw(*inputs), (keys, *args))
+    rows = [a for a in inputs if a.ndim]
+
+    def one(row: list[jax.Array]) -> jax.Array:
+        entries = iter(row)
+        return draw(*(next(entries) if a.ndim else a for a in inputs))
+
+    return jax.lax.map(one, rows)
 
 
 def check_keys(key: PRNGKey, x: jax.Array) -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ddim_jax.numerics import take_or_nan
 from ddim_jax.types import Level, PRNGKey, Time, Timesteps, is_traced
 
 Spacing = Literal["uniform", "quadratic", "linspace", "trailing"]
@@ -77,11 +78,11 @@ class Schedule:
 
     def nearest(self, log_snr: Level, /) -> Int[Array, "*level"]:
         """The index in [0, T - 1] whose log SNR is nearest to the one given."""
-        alpha_bar = self.alphas_cumprod
-        log_noise_to_signal = jnp.log(jnp.sqrt((1 - alpha_bar) / alpha_bar))
-        finite = jnp.minimum(log_noise_to_signal, 80.0)  # the last level may be 0
-        index = jnp.interp(-jnp.asarray(log_snr) / 2, finite, jnp.arange(self.num_steps))
-        return jnp.round(index).astype(jnp.int32)
+        alpha_bar = jnp.asarray(self.alphas_cumprod)
+        known = jnp.log(alpha_bar) - jnp.log1p(-alpha_bar)
+        # Finite, since the last level may be 0 and what is asked for clean data or pure noise.
+        distance = jnp.abs(_finite(jnp.asarray(log_snr))[..., None] - _finite(known))
+        return jnp.argmin(distance, axis=-1).astype(jnp.int32)
 
     def timesteps(self, num_sample_steps: int, spacing: str = "uniform") -> Int[np.ndarray, "S"]:
         """`ddim_timesteps` for this T."""
@@ -104,16 +105,15 @@ class Schedule:
         return self.num_steps - 1 - t
 
 
+def _finite(log_snr: jax.Array) -> jax.Array:
+    return jnp.clip(log_snr, -160.0, 160.0)
+
+
 def _look_up(table: Float[Array, "T"], t: Time, clean: float) -> Float[Array, "*index"]:
     """table[t], `clean` at -1, NaN where the table has no such index."""
     t = _as_index(t)
-    # Plain indexing would clamp or wrap silently. A wrong index must show, but no right one: else
-    # jax_debug_nans would stop at clean data.
-    value = (
-        jnp.asarray(table)
-        .at[jnp.where(t == -1, 0, t)]
-        .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-    )
+    # A wrong index must show, but no right one: else jax_debug_nans would stop at clean data.
+    value = take_or_nan(jnp.asarray(table), jnp.where(t == -1, 0, t))
     return jnp.where(t == -1, jnp.full_like(value, clean), value)
 
 
@@ -149,7 +149,7 @@ def schedule_from_betas(betas: Sequence[float] | np.ndarray | Float[Array, "T"])
             f"got {_preview(levels)}. Betas below 6e-8 do not move alpha_bar; too many near 1 "
             "exhaust it: use fewer steps."
         )
-    return Schedule(jnp.asarray(alphas_cumprod), jnp.asarray(1 - exact, jnp.float32))
+    return Schedule(alphas_cumprod, (1 - exact).astype(np.float32))
 
 
 def linear_schedule(
@@ -214,7 +214,7 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
     exact = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
     levels, noise = np.append(levels[0], exact[1:]), np.append(noise[0], 1 - exact[1:])
     dtype = schedule.alphas_cumprod.dtype
-    return Schedule(jnp.asarray(levels, dtype), jnp.asarray(noise, dtype))
+    return Schedule(levels.astype(dtype), noise.astype(dtype))
 
 
 def _check_num_steps(num_steps: int) -> None:

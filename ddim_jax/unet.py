@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ddim_jax.numerics import take_or_nan
 from ddim_jax.types import Time
 
 DDPM_INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
@@ -123,9 +124,7 @@ class UNet(nn.Module):
         temb = dense(name="temb_dense_1")(nn.swish(dense(name="temb_dense_0")(temb)))
         if self.num_classes is not None and label is not None:
             classes = nn.Embed(self.num_classes + 1, 4 * self.channels, name="label_embed")
-            row = classes.embedding.at[label].get(
-                mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
-            )
+            row = take_or_nan(jnp.asarray(classes.embedding), label)
             temb = temb + row.astype(self.dtype)
         # Every block starts with this swish, so once is enough.
         return nn.swish(temb)
@@ -170,9 +169,11 @@ class AttentionBlock(nn.Module):
         batch, height, width, channels = x.shape
         dense = functools.partial(nn.Dense, channels, dtype=self.dtype)
         h = GroupNorm(self.norm_groups, self.dtype, name="norm")(x)
-        h = h.reshape(batch, height * width, 1, channels)  # (batch, position, head, channel)
+        # (batch, position, head, channel), in two steps: the second as a reshape would leave open
+        # how a batch that is split over a mesh stays split.
+        h = h.reshape(batch, height * width, channels)[:, :, None, :]
         q, k, v = (dense(kernel_init=DDPM_INIT, name=name)(h) for name in "qkv")
-        h = jax.nn.dot_product_attention(q, k, v)  # scales by C ** -0.5
+        h = jax.nn.dot_product_attention(q, k, v)[:, :, 0, :]  # scales by C ** -0.5
         return x + dense(kernel_init=ZERO_INIT, name="proj_out")(h).reshape(x.shape)
 
 
