@@ -294,7 +294,9 @@ def _check_inputs(net: UNet, x, t, label):
     if net.num_classes is not None and isinstance(label, int):
         last = net.num_classes - 1 + net.no_class_row
         if not 0 <= label <= last:
-            raise ValueError(f"label must be in [0, {last}]; got {label}. For none: {_no_class(net)}.")
+            raise ValueError(
+                f"label must be in [0, {last}]; got {label}. For none: {_no_class(net)}."
+            )
     batch = x.shape[:-3]
     t = _check_index("t", t, batch, or_real=True)
     return t, None if label is None else _check_index("label", label, batch)
