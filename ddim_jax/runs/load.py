@@ -21,7 +21,7 @@ from ddim_jax.runs.draw import DrawInputs, ImageProgram, draw_images, image_prog
 from ddim_jax.runs.folder import checkpoints, load_codec_params, load_spec, read_config
 from ddim_jax.runs.spec import RunParams, RunSpec
 from ddim_jax.samplers import Sampler, ddim
-from ddim_jax.types import Denoiser, PRNGKey
+from ddim_jax.types import Denoiser, PRNGKey, is_traced
 
 Weights = Literal["ema", "raw"]
 
@@ -62,7 +62,7 @@ class Run:
         """`check_label` for several; num_classes, "no class", is one where it was trained."""
         classes, spec = self.spec.num_classes or 1, self.spec
         no_class = spec.model_config.no_class_row and spec.unconditional
-        if isinstance(labels, jax.core.Tracer):
+        if is_traced(labels):
             return  # NaN where the network has no such row
         wrong = [label for label in np.ravel(labels) if not 0 <= label < classes + no_class]
         if wrong:
