@@ -69,7 +69,7 @@ class Setup(NamedTuple):
     predicts: str = "eps"
     """What the network predicts, a name of PARAMETRIZATIONS."""
     num_classes: int | None = None
-    """With classes, the label num_classes means "no class"."""
+    """With classes, the label num_classes means "no class"; see `Objective.trains_no_class`."""
     codec: Codec = PIXELS
 
 
@@ -79,6 +79,14 @@ class Objective:
 
     def check(self, predicts: str) -> None:
         """Raise ValueError for settings that no run could use; called before anything is made."""
+
+    def trains_no_class(self) -> bool:
+        """Whether the loss also shows examples of "no class", the label num_classes. Guidance
+        starts from there, and is refused for a run whose objective answers False.
+
+        Unless an objective says otherwise: whether it has a `label_dropout`, and that above 0.
+        """
+        return getattr(self, "label_dropout", 0) > 0
 
     def frozen(self) -> Any:
         """Arrays the loss reads and never changes, such as a teacher's weights; read when a run

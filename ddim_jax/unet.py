@@ -34,8 +34,9 @@ class UNet(nn.Module):
     needs `rngs={"dropout": key}`. Make the variables with `model.init(key, x, t)`, not jitted: as
     one program its random draws take XLA three times as long to compile.
 
-    With `num_classes` a label in [0, num_classes] is required: the classes are 0 .. num_classes - 1
-    and the index num_classes means "no class", the unconditional half of classifier-free guidance.
+    With `num_classes` a label is required: the classes are 0 .. num_classes - 1, and the index
+    num_classes means "no class", the unconditional half of classifier-free guidance. A network
+    without `no_class_row` has the classes alone.
     """
 
     image_channels: int = 3
@@ -47,6 +48,7 @@ class UNet(nn.Module):
     num_classes: int | None = None
     norm_groups: int = 32
     dtype: DTypeLike = jnp.float32  # of the computation
+    no_class_row: bool = True  # whether the label num_classes, "no class", has an embedding
 
     def __post_init__(self) -> None:
         """Refuses settings that make no network."""
@@ -66,8 +68,8 @@ class UNet(nn.Module):
 
         `x` is (B, H, W, C) in about [-1, 1], or one image (H, W, C), so that `jax.vmap` over images
         works. `t` and `label` are integer scalars, or (B,) when x has a batch; `t` is a real number
-        where the schedule counts in those, of about the same range, 0 to 1000. A label outside
-        [0, num_classes] gives NaN.
+        where the schedule counts in those, of about the same range, 0 to 1000. A label that the
+        network has not gives NaN, and a ValueError if it is a Python number.
         """
         t, label = _check_inputs(self, x, t, label)
         residual = functools.partial(
@@ -123,7 +125,8 @@ class UNet(nn.Module):
         temb = timestep_embedding(t, self.channels)
         temb = dense(name="temb_dense_1")(nn.swish(dense(name="temb_dense_0")(temb)))
         if self.num_classes is not None and label is not None:
-            classes = nn.Embed(self.num_classes + 1, 4 * self.channels, name="label_embed")
+            rows = self.num_classes + self.no_class_row
+            classes = nn.Embed(rows, 4 * self.channels, name="label_embed")
             row = take_or_nan(jnp.asarray(classes.embedding), label)
             temb = temb + row.astype(self.dtype)
         # Every block starts with this swish, so once is enough.
@@ -287,12 +290,23 @@ def _check_inputs(net: UNet, x, t, label):
         raise ValueError(
             "label was given, but this network has num_classes=None."
             if label is not None
-            else f"label is required, since num_classes={net.num_classes}; pass {net.num_classes} "
-            "for 'no class'."
+            else f"label is required, since num_classes={net.num_classes}; {_no_class(net)}."
         )
+    if net.num_classes is not None and isinstance(label, int):
+        last = net.num_classes - 1 + net.no_class_row
+        if not 0 <= label <= last:
+            raise ValueError(
+                f"label must be in [0, {last}]; got {label}. For none: {_no_class(net)}."
+            )
     batch = x.shape[:-3]
     t = _check_index("t", t, batch, or_real=True)
     return t, None if label is None else _check_index("label", label, batch)
+
+
+def _no_class(net: UNet) -> str:
+    if net.no_class_row:
+        return f"pass {net.num_classes} for 'no class'"
+    return "this network has no row for 'no class' (no_class_row=False)"
 
 
 def _check_index(name: str, index, batch: tuple[int, ...], *, or_real: bool = False) -> Array:

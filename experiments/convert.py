@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
@@ -20,8 +21,13 @@ from common import cli
 from presets import PRESETS
 
 from ddim_jax import convert
-from ddim_jax.convert.diffusers_scheduler import BETA_SCHEDULES
-from ddim_jax.files import only_one_process
+from ddim_jax.convert.diffusers_scheduler import (
+    BETA_SCHEDULES,
+    complete_scheduler,
+    not_obeyed,
+    spacing_from_diffusers,
+)
+from ddim_jax.files import only_one_process, write_whole
 from ddim_jax.hashing import content_hash
 from ddim_jax.runs import ModelConfig, Run, RunSpec, ScheduleConfig, Weights, load_trained
 from ddim_jax.runs.folder import checkpoints, write_config
@@ -56,7 +62,10 @@ class ConvertConfig:
     spacing: Spacing | None = None
     """Sub-sequence to sample with; the preset's or diffusers' scheduler's if not given."""
     weights: Weights = "ema"
-    """Averaged or raw; a file that holds one set does not say which, and its set gets this name."""
+    """Averaged or raw; a set of which nothing says which it is gets this name."""
+    last_class_is_null: bool = False
+    """The last class of the network that --from diffusers reads means "no class"; guidance then
+    starts from it, and is refused without."""
 
 
 def main(config: ConvertConfig) -> None:
@@ -77,7 +86,7 @@ class _Loaded(NamedTuple):
 
     spec: RunSpec
     params: Any
-    origin: dict[str, str]
+    origin: dict[str, Any]
     """What goes into config.json about it."""
 
 
@@ -93,6 +102,8 @@ def _into_workdir(config: ConvertConfig) -> None:
     spec, workdir = loaded.spec, pathlib.Path(config.workdir).expanduser()
     if config.spacing is not None:
         spec = dataclasses.replace(spec, spacing=config.spacing)
+    if config.last_class_is_null and config.source != "diffusers":
+        raise ValueError("last_class_is_null must be left out without --from diffusers.")
     digest = content_hash(loaded.params)[:16]
     origin = {
         "format": config.source,
@@ -110,12 +121,30 @@ def _into_workdir(config: ConvertConfig) -> None:
         f"{loaded.origin['taken']}\nare the {config.weights} weights in {workdir}: "
         f"{_count(loaded.params)} parameters, hash {digest}; images {spec.image_shape}, "
         f"{spec.schedule_config.name} schedule of {spec.schedule_config.num_steps} steps, "
-        f"{spec.spacing} sub-sequence, predicts {spec.predicts}"
+        f"{spec.spacing} sub-sequence, predicts {spec.predicts}{_classes(spec)}"
+    )
+    if left := loaded.origin.get("not_obeyed"):
+        settings = ", ".join(f"{name} {value}" for name, value in left.items())
+        print(f"Settings of its scheduler that sampling here does not follow: {settings}.")
+
+
+def _classes(spec: RunSpec) -> str:
+    """How many classes there are, and whether guidance has a place to start from."""
+    if spec.num_classes is None:
+        return ""
+    if spec.model_config.no_class_row:
+        return f", {spec.num_classes} classes and 'no class'"
+    return (
+        f", {spec.num_classes} classes without 'no class', so guidance is refused (if the last one "
+        "means none, give --last-class-is-null)"
     )
 
 
 def _load_diffusers(path: str, config: ConvertConfig) -> _Loaded:
-    checkpoint = convert.load_diffusers(path)
+    found = convert.open_diffusers(
+        path, config.weights, last_class_is_null=config.last_class_is_null or None
+    )
+    checkpoint = found.checkpoint
     size, taken = checkpoint.image_size, checkpoint.description
     if checkpoint.scheduler is None:
         taken += "; no scheduler_config.json beside them, so the schedule is DDPM's, by assumption"
@@ -124,18 +153,18 @@ def _load_diffusers(path: str, config: ConvertConfig) -> _Loaded:
         model_config=_model_config(checkpoint.model),
         schedule_config=_schedule_config(scheduler),
         image_shape=(size, size, checkpoint.model.image_channels),
-        spacing=SPACINGS.get(scheduler.get("timestep_spacing", "leading"), "uniform"),
+        spacing=spacing_from_diffusers(scheduler),
         predicts=convert.prediction_from_diffusers(scheduler),
+        unconditional=found.unconditional or checkpoint.model.num_classes is None,
     )
-    return _Loaded(spec, checkpoint.params, {"taken": taken})
-
-
-SPACINGS: dict[str, Spacing] = {
-    "leading": "uniform",
-    "linspace": "linspace",
-    "trailing": "trailing",
-}
-"""diffusers' name of a sub-sequence -> ours."""
+    origin = {
+        "taken": taken,
+        "file": found.file,
+        "set": found.kind or "unlabelled",
+        "scheduler": checkpoint.scheduler,
+        "not_obeyed": not_obeyed(scheduler) if scheduler else {},
+    }
+    return _Loaded(spec, checkpoint.params, origin)
 
 
 def _load_ddim(path: str, config: ConvertConfig) -> _Loaded:
@@ -156,18 +185,18 @@ def _model_config(model: UNet) -> ModelConfig:
 
 def _schedule_config(scheduler: Mapping[str, Any]) -> ScheduleConfig:
     convert.schedule_from_diffusers(scheduler)  # for its check
+    scheduler = complete_scheduler(scheduler)
     if scheduler.get("trained_betas") is not None:
         raise ValueError(
             "trained_betas must be null in scheduler_config.json, since a workdir describes its "
             "schedule by a formula; in Python, ddim_jax.convert loads the network and the schedule."
         )
     ours = {theirs: name for name, theirs in BETA_SCHEDULES.items()}
-    defaults = ScheduleConfig()
     return ScheduleConfig(
-        name=ours[scheduler.get("beta_schedule", "linear")],  # pyright: ignore[reportArgumentType]
-        num_steps=scheduler.get("num_train_timesteps", defaults.num_steps),
-        beta_start=scheduler.get("beta_start", defaults.beta_start),
-        beta_end=scheduler.get("beta_end", defaults.beta_end),
+        name=ours[scheduler["beta_schedule"]],
+        num_steps=scheduler["num_train_timesteps"],
+        beta_start=scheduler["beta_start"],
+        beta_end=scheduler["beta_end"],
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
     )
 
@@ -216,6 +245,7 @@ def _save_diffusers(out: pathlib.Path, run: Run) -> None:
         beta_end=schedule.beta_end,
         prediction=spec.predicts,  # pyright: ignore[reportArgumentType]
         zero_terminal_snr=schedule.zero_terminal_snr,
+        unconditional=spec.unconditional,
     )
 
 
@@ -237,7 +267,9 @@ def _save_ddim(out: pathlib.Path, run: Run) -> None:
         raise ValueError("--to ddim needs torch: pip install 'ddim_jax[convert]'") from error
     state_dict = convert.flax_to_paper(run.params.network)
     out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({name: torch.tensor(array) for name, array in state_dict.items()}, out)
+    file = io.BytesIO()
+    torch.save({name: torch.tensor(array) for name, array in state_dict.items()}, file)
+    write_whole(out, file.getvalue())
 
 
 def _count(params: Any) -> str:

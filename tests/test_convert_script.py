@@ -5,10 +5,12 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -120,6 +122,84 @@ def test_the_set_that_was_not_taken_is_refused_by_name(folder, tmp_path):
     assert_same(load_trained(tmp_path / "w", "raw").params.network, weights(UNITS, 8))
     with pytest.raises(ValueError, match=r"weights must be 'raw' for .*got 'ema'"):
         load_trained(tmp_path / "w")
+
+
+def test_the_record_says_which_file_which_set_and_what_is_not_followed(folder, tmp_path, capsys):
+    """A raw and an averaged folder side by side, as diffusers' EMAModel leaves them."""
+    shutil.copytree(folder / "unet", folder / "unet_ema")
+    averaged = weights(UNITS, 8, seed=1)
+    save_diffusers(tmp_path / "other", UNITS, averaged, 8)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    shutil.copy(tmp_path / "other" / name, folder / "unet_ema")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    changed = json.loads(scheduler.read_text()) | {"clip_sample": True, "steps_offset": 1}
+    scheduler.write_text(json.dumps(changed))
+    for kind, want, place in (("ema", averaged, "unet_ema"), ("raw", weights(UNITS, 8), "unet")):
+        workdir = tmp_path / kind
+        from_diffusers(folder, workdir, weights=kind)
+        assert_same(load_trained(workdir, kind).params.network, want)
+        origin = read_config(workdir)["converted_from"]
+        assert origin["file"] == name.replace("unet", place) and origin["set"] == kind
+        assert origin["scheduler"] == changed
+        assert origin["not_obeyed"] == {"clip_sample": True, "steps_offset": 1}
+        out = capsys.readouterr().out
+        assert f"the {kind} weights; also there and not read: " in out
+        assert "does not follow: clip_sample True, steps_offset 1." in out
+    # A workdir of before these were written down is the same workdir.
+    config = json.loads((tmp_path / "raw" / "config.json").read_text())
+    for key in ("file", "set", "scheduler", "not_obeyed"):
+        del config["converted_from"][key]
+    (tmp_path / "raw" / "config.json").write_text(json.dumps(config))
+    from_diffusers(folder, tmp_path / "raw", weights="raw")
+
+
+def test_a_scheduler_of_another_process_leaves_no_workdir(folder, tmp_path):
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}')
+    with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler.*flow matching"):
+        from_diffusers(folder, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_guidance_needs_a_last_class_that_is_said_to_be_none(tmp_path, capsys):
+    model = UNITS.clone(num_classes=3, no_class_row=False)
+    shape = np.zeros((8, 8, 3), np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), shape, 0, 0)["params"]
+    save_diffusers(tmp_path / "published", model, params, 8)
+
+    from_diffusers(tmp_path / "published", tmp_path / "plain")
+    assert "3 classes without 'no class'" in capsys.readouterr().out
+    run = load_trained(tmp_path / "plain")
+    assert run.spec.num_classes == 3
+    with pytest.raises(ValueError, match="guidance_scale must be 1 for a network without a row"):
+        run.denoiser(0, 2.0)
+    out = tmp_path / "samples"
+    with pytest.raises(ValueError, match="guidance_scale must be 1 for a network without a row"):
+        sample.main(sample.SampleConfig(workdir=str(tmp_path / "plain"), out=str(out),
+                                        guidance_scale=3.0))  # fmt: skip
+    assert not out.exists()
+
+    from_diffusers(tmp_path / "published", tmp_path / "null", last_class_is_null=True)
+    run = load_trained(tmp_path / "null")
+    assert run.spec.num_classes == 2
+    x, t = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.asarray(500)
+    cond, none = (model.apply({"params": params}, x, t, label) for label in (1, 2))
+    got = run.denoiser(1, 3.0)(x, t)
+    np.testing.assert_allclose(got, none + 3 * (cond - none), atol=1e-5)
+
+    # And back: as many rows, and what the last means.
+    for name in ("plain", "null"):
+        back, again = tmp_path / f"{name}-back", tmp_path / f"{name}-again"
+        convert.main(ConvertConfig(workdir=str(tmp_path / name), target="diffusers", out=str(back)))
+        from_diffusers(back, again)
+        assert load_trained(again).spec == load_trained(tmp_path / name).spec
+
+    # Converted before it was written down: the last class was taken for none, whatever it was.
+    config = json.loads((tmp_path / "null" / "config.json").read_text())
+    assert config.pop("unconditional") is True
+    (tmp_path / "null" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"not known to be trained.*convert them again"):
+        load_trained(tmp_path / "null").denoiser(1, 3.0)
 
 
 def test_a_schedule_without_a_formula_is_refused(folder, tmp_path):

@@ -6,7 +6,9 @@ it is used: no tensor missing, none left over, every shape equal.
 """
 
 from ddim_jax.convert.diffusers import DiffusersCheckpoint as DiffusersCheckpoint
+from ddim_jax.convert.diffusers import DiffusersFolder as DiffusersFolder
 from ddim_jax.convert.diffusers import load_diffusers as load_diffusers
+from ddim_jax.convert.diffusers import open_diffusers as open_diffusers
 from ddim_jax.convert.diffusers import save_diffusers as save_diffusers
 from ddim_jax.convert.diffusers_scheduler import (
     prediction_from_diffusers as prediction_from_diffusers,

@@ -5,6 +5,7 @@ Configuration and safetensors are read without torch.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -12,30 +13,26 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
+from ddim_jax.convert.diffusers_files import (
+    BIN,
+    FETCH_AGAIN,
+    SAFETENSORS,
+    Weights,
+    find_weights,
+    read_weights,
+)
 from ddim_jax.convert.diffusers_scheduler import scheduler_config
 from ddim_jax.convert.diffusers_unet import (
+    NO_CLASS,
     config_from_unet,
     diffusers_to_flax,
     flax_to_diffusers,
     unet_from_config,
 )
-from ddim_jax.convert.tensors import (
-    Params,
-    is_torch_state_dict,
-    naming,
-    read_safetensors,
-    read_torch,
-    torch_to_numpy,
-    write_safetensors,
-)
+from ddim_jax.convert.prefixes import without_prefix
+from ddim_jax.convert.tensors import Params, naming, write_safetensors
 from ddim_jax.files import read_json, write_whole
 from ddim_jax.unet import UNet
-
-SAFETENSORS = "diffusion_pytorch_model.safetensors"
-BIN = "diffusion_pytorch_model.bin"
-FETCH_AGAIN = "Copy or download the folder again."
 
 
 class DiffusersCheckpoint(NamedTuple):
@@ -51,29 +48,66 @@ class DiffusersCheckpoint(NamedTuple):
     """What was read, for a log."""
 
 
-def load_diffusers(path_or_id: str | os.PathLike[str]) -> DiffusersCheckpoint:
+class DiffusersFolder(NamedTuple):
+    """A checkpoint, and which of the folder's files it is."""
+
+    checkpoint: DiffusersCheckpoint
+    file: str
+    """The file of the weights, or the index of its shards, within the folder."""
+    kind: Weights | None
+    """Averaged or raw; None if nothing says so."""
+    unconditional: bool
+    """Whether a network with classes is said to know "no class"; False without classes."""
+
+
+def load_diffusers(
+    path_or_id: str | os.PathLike[str],
+    weights: Weights = "ema",
+    *,
+    last_class_is_null: bool | None = None,
+) -> DiffusersCheckpoint:
     """The network in a diffusers folder, or in a repository of the hub given as "owner/name".
 
-    The folder has config.json and diffusion_pytorch_model.safetensors (or .bin, which needs torch)
-    in itself or in unet/. Raises ValueError for a damaged file, for a configuration that is another
-    network than `UNet`, and for tensors that do not fit it.
+    The folder has config.json and diffusion_pytorch_model.safetensors (or .bin, which needs torch;
+    a variant of half precision; or shards with their index) in itself, in unet/ or, an average
+    beside them, in unet_ema/. `weights` says which of two sets; a set of which nothing says whether
+    it is averaged is taken for the one asked for. Of a network with classes `last_class_is_null`
+    says that its last row means "no class"; if None, what `save_diffusers` wrote, else no.
+    Raises ValueError for a damaged file, for a configuration that is another network than `UNet`,
+    for tensors that do not fit it, and where the set asked for is not there.
     """
+    return open_diffusers(path_or_id, weights, last_class_is_null=last_class_is_null).checkpoint
+
+
+def open_diffusers(
+    path_or_id: str | os.PathLike[str],
+    weights: Weights = "ema",
+    *,
+    last_class_is_null: bool | None = None,
+) -> DiffusersFolder:
+    """`load_diffusers`, with what it found out about the folder's files."""
     folder = pathlib.Path(path_or_id)
     if not folder.is_dir():
         folder = _download(os.fspath(path_or_id))
-    config = _first_that_exists(folder / "config.json", folder / "unet" / "config.json")
-    weights = _first_that_exists(config.parent / SAFETENSORS, config.parent / BIN)
-    settings = read_json(config, way_out=FETCH_AGAIN)
-    with naming(config):
-        model, image_size = unet_from_config(settings)
-    state_dict = read_safetensors(weights) if weights.name == SAFETENSORS else _read_bin(weights)
-    with naming(weights):
+    file, said = find_weights(folder, weights)
+    settings = read_json(file.config, way_out=FETCH_AGAIN)
+    with naming(file.config):
+        model, image_size = unet_from_config(settings, last_class_is_null)
+    tensors = read_weights(file)
+    with naming(file.path):
+        state_dict, by_name, beside = without_prefix(tensors, file.kind or weights)
         params = diffusers_to_flax(state_dict, model, image_size)
-    description = (
-        f"{len(state_dict)} tensors from {weights}, the only weights there; "
-        "diffusers does not record whether they are averaged"
+    if by_name and not file.kind:
+        said = f"the {by_name} weights by their names"
+    description = f"{len(state_dict)} tensors from {file.path}, {said}{beside}"
+    return DiffusersFolder(
+        DiffusersCheckpoint(model, params, image_size, _read_scheduler(folder), description),
+        os.path.relpath(file.path, folder),
+        file.kind or by_name,
+        unconditional=model.num_classes is not None
+        and model.no_class_row
+        and (bool(last_class_is_null) or settings.get(NO_CLASS) == "trained"),
     )
-    return DiffusersCheckpoint(model, params, image_size, _read_scheduler(folder), description)
 
 
 def save_diffusers(
@@ -89,16 +123,18 @@ def save_diffusers(
     clip_sample: bool = False,
     prediction: Literal["eps", "v", "x0"] = "eps",
     zero_terminal_snr: bool = False,
+    unconditional: bool = True,
 ) -> None:
     """Writes a folder that `DDPMPipeline.from_pretrained` and `DDIMPipeline.from_pretrained` load.
 
     `schedule` and the three arguments after it are those of `linear_schedule` and its siblings;
     the cosine one takes no betas. `zero_terminal_snr` says that the function of that name was
-    applied to it, `prediction` what the network predicts. `clip_sample` is off as in
+    applied to it, `prediction` what the network predicts, `unconditional` that the row for
+    "no class", where there is one, was trained. `clip_sample` is off as in
     `ddim_jax.sample`; diffusers' own default is on. Raises ValueError, before anything is written,
     if diffusers has no such network or `params` are not this model's.
     """
-    config = config_from_unet(model, image_size)
+    config = config_from_unet(model, image_size, unconditional)
     state_dict = flax_to_diffusers(params, model)
     diffusers_to_flax(state_dict, model, image_size)  # for its check
     scheduler = scheduler_config(
@@ -122,22 +158,11 @@ def save_diffusers(
     write_safetensors(folder / "unet" / SAFETENSORS, state_dict)
 
 
-def _first_that_exists(*paths: pathlib.Path) -> pathlib.Path:
-    for path in paths:
-        if path.is_file():
-            return path
-    raise ValueError(f"no diffusers network here: none of {', '.join(map(str, paths))} exists.")
-
-
-def _read_bin(path: pathlib.Path) -> dict[str, np.ndarray]:
-    content = read_torch(path)
-    if not is_torch_state_dict(content):
-        raise ValueError(f"{path} must hold a state dict; got a {type(content).__name__}.")
-    return torch_to_numpy(content)
-
-
 def _read_scheduler(folder: pathlib.Path) -> dict[str, Any] | None:
-    for place in (folder, folder / "scheduler", folder.parent / "scheduler"):
+    places = [folder, folder / "scheduler", folder.parent / "scheduler"]
+    if folder.parent.name.startswith("checkpoint-"):  # a network saved while training
+        places.append(folder.parent.parent / "scheduler")
+    for place in places:
         if (place / "scheduler_config.json").is_file():
             return read_json(place / "scheduler_config.json", way_out=FETCH_AGAIN)
     return None
@@ -159,9 +184,16 @@ def _download(repo_id: str) -> pathlib.Path:
             f"no folder {repo_id}; to fetch that repository from the hub: "
             "pip install 'ddim_jax[convert]'"
         ) from error
-    names = ["config.json", "scheduler_config.json", SAFETENSORS]
-    patterns = [*names, *(f"unet/{name}" for name in names), "scheduler/scheduler_config.json"]
-    folder = pathlib.Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns))
-    if not list(folder.rglob(SAFETENSORS)):  # an old repository
-        huggingface_hub.snapshot_download(repo_id, allow_patterns=[BIN, f"unet/{BIN}"])
+    fetch = functools.partial(huggingface_hub.snapshot_download, repo_id)
+    about = ["config.json", "scheduler_config.json"]
+    whole = [SAFETENSORS, *(SAFETENSORS.replace(".", f".{v}.", 1) for v in ("ema", "non_ema"))]
+    shards = [f"{SAFETENSORS}.index.json", SAFETENSORS.replace(".", "-*-of-*.", 1)]
+    variants = [SAFETENSORS.replace(".", ".*.", 1), f"{SAFETENSORS}.index.*.json"]
+    folder = pathlib.Path()
+    # One stage after another, so that half precision is not fetched beside full, say.
+    for names in ([*about, *whole, *shards], variants, [BIN]):
+        places = [f"{place}{name}" for place in ("", "unet/", "unet_ema/") for name in names]
+        folder = pathlib.Path(fetch(allow_patterns=[*places, "scheduler/scheduler_config.json"]))
+        if any(folder.rglob("diffusion_pytorch_model*")):
+            break
     return folder

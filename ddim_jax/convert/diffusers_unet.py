@@ -64,16 +64,30 @@ _DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")  # without attention, with
 _UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
 
 
-def unet_from_config(config: Mapping[str, Any]) -> tuple[UNet, int]:
+NO_CLASS = "_no_class"
+"""Our own entry of config.json: the last class means none, and is "trained" or "untrained".
+diffusers keeps private entries, and does not read them."""
+
+
+def unet_from_config(
+    config: Mapping[str, Any], last_class_is_null: bool | None = None
+) -> tuple[UNet, int]:
     """The model a `UNet2DModel`'s config.json describes, and its image size.
 
-    With class embeddings, the last of them becomes our "no class".
+    Each class embedding is a class, but that `last_class_is_null` may say that the last means
+    "no class"; if None, that is so for what `config_from_unet` wrote of such a network.
     Raises ValueError if it describes another network than `UNet`.
     """
     _check_settings(config)
     size, widths = config["sample_size"], config["block_out_channels"]
     attends = _check_blocks(config)
     num_embeds = config.get("num_class_embeds")
+    if last_class_is_null and (num_embeds or 0) < 2:
+        raise ValueError(
+            "last_class_is_null must be left out for a network without classes; num_class_embeds "
+            f"is {num_embeds}."
+        )
+    null = NO_CLASS in config if last_class_is_null is None else last_class_is_null
     model = UNet(
         image_channels=config["in_channels"],
         channels=widths[0],
@@ -81,15 +95,17 @@ def unet_from_config(config: Mapping[str, Any]) -> tuple[UNet, int]:
         num_res_blocks=config.get("layers_per_block", 2),
         attention_resolutions=tuple(size // 2**i for i, attend in enumerate(attends) if attend),
         dropout=config.get("dropout", 0.0),
-        num_classes=None if num_embeds is None else num_embeds - 1,
+        num_classes=None if num_embeds is None else num_embeds - null,
         norm_groups=config.get("norm_num_groups", 32),
+        no_class_row=null or num_embeds is None,
     )
     return model, size
 
 
-def config_from_unet(model: UNet, image_size: int) -> dict[str, Any]:
+def config_from_unet(model: UNet, image_size: int, unconditional: bool = True) -> dict[str, Any]:
     """config.json of the `UNet2DModel` that is this model: `unet_from_config` backwards.
 
+    `unconditional` says that the row for "no class", where there is one, was trained.
     Raises ValueError if channel_mults does not start with 1, as every `UNet2DModel` does.
     """
     if model.channel_mults[0] != 1:
@@ -98,6 +114,9 @@ def config_from_unet(model: UNet, image_size: int) -> dict[str, Any]:
         )
     levels = range(len(model.channel_mults))
     attends = [image_size // 2**level in model.attention_resolutions for level in levels]
+    num_embeds, note = model.num_classes, {}
+    if num_embeds is not None and model.no_class_row:
+        num_embeds, note = num_embeds + 1, {NO_CLASS: "trained" if unconditional else "untrained"}
     return {
         "_class_name": "UNet2DModel",
         "sample_size": image_size,
@@ -109,7 +128,8 @@ def config_from_unet(model: UNet, image_size: int) -> dict[str, Any]:
         "layers_per_block": model.num_res_blocks,
         "dropout": model.dropout,
         "norm_num_groups": model.norm_groups,
-        "num_class_embeds": None if model.num_classes is None else model.num_classes + 1,
+        "num_class_embeds": num_embeds,
+        **note,
         **{key: ours for key, (ours, _) in _ONLY.items()},
     }
 
@@ -137,7 +157,8 @@ def _check_settings(config: Mapping[str, Any]) -> None:
     if channels != config["out_channels"]:
         raise ValueError(
             f"out_channels must equal in_channels ({channels}); got {config['out_channels']}. A "
-            "network that predicts variances as well is not supported."
+            "network that predicts variances as well, in twice the channels, is not supported: "
+            "its loss was another one. Take a network trained with fixed variances."
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ddim_jax.convert.prefixes import without_prefix
 from ddim_jax.convert.tensors import (
     Params,
     StateDict,
@@ -68,26 +69,37 @@ def _select(content: Any, weights: Weights, path: pathlib.Path) -> tuple[dict[st
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights must be 'ema' or 'raw'; got {weights!r}.")
     if is_torch_state_dict(content):
+        state_dict, kind, beside = without_prefix(content, weights)
+        if kind:
+            return state_dict, f"{_NAMES[kind]} weights by their names{beside}"
         taken = "the only weights (a plain state dict does not say whether they are averaged)"
-        return _without_prefix(content), taken
+        return state_dict, taken
     if not (isinstance(content, list) and content and is_torch_state_dict(content[0])):
         raise ValueError(
             f"{path} is neither a state dict nor a list that starts with one, the two forms the "
-            f"paper's code saves; it holds a {type(content).__name__}."
+            f"paper's code saves; it holds a {_contents(content)}."
         )
     if weights == "raw":
-        return _without_prefix(content[0]), "raw weights"
+        return without_prefix(content[0], "raw")[0], "raw weights"
     if not is_torch_state_dict(content[-1]) or len(content) == 1:
         raise ValueError(
             f"{path} has no moving average: the last of its {len(content)} entries is no state "
             "dict. Take its raw weights with weights='raw', knowing that they sample worse."
         )
-    return _without_prefix(content[-1]), "EMA weights"
+    return without_prefix(content[-1], "ema")[0], "EMA weights"
 
 
-def _without_prefix(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Names as they are outside torch's DataParallel, which puts "module." before each."""
-    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+_NAMES = {"ema": "EMA", "raw": "raw"}
+
+
+def _contents(content: Any) -> str:
+    """What a file holds, in words."""
+    kind = type(content).__name__
+    if isinstance(content, Mapping):
+        return f"{kind} of {', '.join(map(str, [*content][:8])) or 'nothing'}"
+    if isinstance(content, list):
+        return f"{kind} of {', '.join(type(one).__name__ for one in content[:8]) or 'nothing'}"
+    return kind
 
 
 _CONV_1X1 = frozenset({"nin_shortcut", "q", "k", "v", "proj_out"})

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddim_jax.files import write_whole
+
 Params = Any
 """What `model.init` returns under "params": nested dicts of arrays."""
 
@@ -86,13 +88,13 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: pathlib.Path, state_dict: StateDict) -> None:
-    """Writes the tensors to a .safetensors file."""
+    """Writes the tensors to a .safetensors file, whole or not at all."""
     try:
         import safetensors.numpy
     except ImportError as error:
         raise ImportError(_missing("safetensors", path)) from error
     # diffusers looks at the format to know whose layouts these are.
-    safetensors.numpy.save_file(dict(state_dict), path, metadata={"format": "pt"})
+    write_whole(path, safetensors.numpy.save(dict(state_dict), metadata={"format": "pt"}))
 
 
 def read_torch(path: pathlib.Path) -> Any:

@@ -28,6 +28,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int, UInt8
 
 from ddim_jax.data.pixels import to_model_range
+from ddim_jax.files import write_whole
 from ddim_jax.hashing import content_hash
 from ddim_jax.types import PRNGKey
 
@@ -118,7 +119,7 @@ def save_classifier(
 
     The hash is `content_hash(params)`: of the weights alone, whatever the metadata say.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     header = {
         "num_classes": model.num_classes,
@@ -127,7 +128,7 @@ def save_classifier(
         "metadata": dict(metadata),
     }
     tensors: dict[Any, Any] = traverse_util.flatten_dict(jax.tree.map(np.asarray, params), sep="/")
-    save_file(tensors, path, {_HEADER: json.dumps(header)})
+    write_whole(path, save(tensors, {_HEADER: json.dumps(header)}))
     return header["content_hash"]
 
 

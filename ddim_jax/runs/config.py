@@ -90,6 +90,12 @@ class TrainConfig:
             raise ValueError("workdir must name the folder of the run; got ''.")
         check_limits(self)
         self.objective.check(self.predicts)
+        model = self.model
+        if model.num_classes and not model.no_class_row and self.objective.trains_no_class():
+            raise ValueError(
+                "model.no_class_row must be true for an objective that shows examples without "
+                "their label; got False. Or give a label_dropout of 0."
+            )
 
     def spec(self, image_shape: tuple[int, int, int]) -> RunSpec:
         """The run on images of this shape (H, W, C)."""
@@ -100,6 +106,7 @@ class TrainConfig:
             spacing=self.spacing,
             predicts=self.predicts,
             codec=self.codec,
+            unconditional=self.objective.trains_no_class(),
         )
 
     def describe(self) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def image_program(
             "label and guidance_scale must be left out for a network that was trained without "
             f"labels; got {label} and {guidance_scale:g}."
         )
+    spec.check_guidance(guidance_scale)
     if label is not None:
         spec.check_label(label)
 

@@ -35,7 +35,7 @@ from ddim_jax.runs.folder import (
 )
 from ddim_jax.runs.load import load_weights
 from ddim_jax.runs.log import Log, Watcher
-from ddim_jax.runs.spec import ROUNDING, RunParams, RunSpec
+from ddim_jax.runs.spec import ROUNDING, ModelConfig, RunParams, RunSpec
 from ddim_jax.train import TrainState, adam_with_warmup, init_train_state
 
 NUM_PREVIEWS = 64
@@ -159,6 +159,7 @@ def _weights_from(workdir: str, spec: RunSpec) -> tuple[Any, Any]:
             f"model.norm_groups must be {groups}, as in the network of init_from {workdir}; "
             f"got {wanted}."
         )
+    _check_same_classes(workdir, there.model_config, spec.model_config)
     if there.predicts != spec.predicts:
         raise ValueError(
             f"predicts must be {there.predicts}, as the network of init_from {workdir} does; got "
@@ -177,6 +178,18 @@ def _weights_from(workdir: str, spec: RunSpec) -> tuple[Any, Any]:
     return params, average
 
 
+def _check_same_classes(workdir: str, there: ModelConfig, wanted: ModelConfig) -> None:
+    """Ten classes, or nine and "no class": the shapes of the weights do not show which."""
+    if there.num_classes is None or wanted.num_classes is None:
+        return  # which they do show
+    for name in ("num_classes", "no_class_row"):
+        if getattr(there, name) != getattr(wanted, name):
+            raise ValueError(
+                f"model.{name} must be {getattr(there, name)}, as in the network of init_from "
+                f"{workdir}; got {getattr(wanted, name)}."
+            )
+
+
 def _described(job: _Job) -> dict[str, Any]:
     """config.json: the settings, and facts that decide the run beside them."""
     facts = {
@@ -184,6 +197,8 @@ def _described(job: _Job) -> dict[str, Any]:
         "num_images": len(job.source),
         "rounding": ROUNDING,
     }
+    if job.spec.num_classes is not None:
+        facts["unconditional"] = job.spec.unconditional
     if jax.tree.leaves(job.frozen.codec):
         facts["codec_hash"] = content_hash(job.frozen.codec)[:16]
     if jax.tree.leaves(job.frozen.objective):

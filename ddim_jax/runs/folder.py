@@ -32,8 +32,11 @@ from ddim_jax.runs.options import defaults, may_change
 from ddim_jax.runs.spec import RunSpec, described, spec_from
 
 FORMAT = 2
-RECORDED = frozenset({"rounding", "format", "init_from_hash", "versions"})
-"""Written for the reader, and not compared."""
+RECORDED = frozenset({"rounding", "format", "init_from_hash", "versions", "unconditional"}) | {
+    f"converted_from.{name}"
+    for name in ("taken", "file", "set", "scheduler", "not_obeyed")  # the weights have a hash
+}
+"""Written for the reader, or known from what is compared, and not compared."""
 
 
 def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:

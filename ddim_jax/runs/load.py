@@ -21,7 +21,7 @@ from ddim_jax.runs.draw import DrawInputs, ImageProgram, draw_images, image_prog
 from ddim_jax.runs.folder import checkpoints, load_codec_params, load_spec, read_config
 from ddim_jax.runs.spec import RunParams, RunSpec
 from ddim_jax.samplers import Sampler, ddim
-from ddim_jax.types import Denoiser, PRNGKey
+from ddim_jax.types import Denoiser, PRNGKey, is_traced
 
 Weights = Literal["ema", "raw"]
 
@@ -53,8 +53,24 @@ class Run:
             )
         if isinstance(label, int):
             self.spec.check_label(label)
+        elif label is not None:
+            self._check_labels(label)
         label = None if label is None else jnp.asarray(label)
         return self.spec.denoiser(self.params, label, guidance_scale)
+
+    def _check_labels(self, labels: jax.Array) -> None:
+        """`check_label` for several; num_classes, "no class", is one where it was trained."""
+        classes, spec = self.spec.num_classes or 1, self.spec
+        no_class = spec.model_config.no_class_row and spec.unconditional
+        if is_traced(labels):
+            return  # NaN where the network has no such row
+        wrong = [label for label in np.ravel(labels) if not 0 <= label < classes + no_class]
+        if wrong:
+            none = f", and {classes} for 'no class'" if no_class else "; 'no class' is not trained"
+            raise ValueError(
+                f"label must be in [0, {classes - 1}], the classes of this network{none}; got "
+                f"{wrong[0]}."
+            )
 
     def sample(
         self,
@@ -93,7 +109,7 @@ class Run:
         """
         codec = jax.device_get(self.params.codec)
         facts = {
-            **self.spec.describe(),
+            **{k: v for k, v in self.spec.describe().items() if k != "unconditional"},
             "weights": {"kind": self.weights, "step": self.step, "hash": self.weights_hash},
             "codec_hash": content_hash(codec)[:16] if jax.tree.leaves(codec) else None,
             "matmul_precision": _matmul_precision(),

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from ddim_jax.checks import look_up
 from ddim_jax.codec import CODECS, PIXELS, Codec, Images
 from ddim_jax.denoisers import PARAMETRIZATIONS, NetworkFn, guided
+from ddim_jax.objectives import OBJECTIVES
 from ddim_jax.schedule import (
     Spacing,
     cosine_schedule,
@@ -56,6 +57,8 @@ class ModelConfig:
     """Condition on the data's labels, this many classes; None trains without labels."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation; parameters and norms stay float32. bfloat16 suits GPU, TPU."""
+    no_class_row: bool = True
+    """With num_classes, learn one row more, for "no class"; guidance needs it."""
 
     def make(self, image_channels: int) -> UNet:
         """The network for images of that many channels."""
@@ -129,6 +132,8 @@ class RunSpec:
     """What the network predicts, a name of PARAMETRIZATIONS."""
     codec: Codec = PIXELS
     """What stands between images and x0."""
+    unconditional: bool = True
+    """Whether a network with classes was taught "no class" too, which guidance starts from."""
 
     def __post_init__(self) -> None:
         """Refuses what is no run."""
@@ -171,13 +176,14 @@ class RunSpec:
 
         A network that was trained without labels does not see `label`.
         A guidance scale other than 1 takes two network evaluations where others take one; without
-        labels it is a ValueError.
+        labels, or for a network that was not taught "no class", it is a ValueError.
         """
         if guidance_scale != 1 and (label is None or self.num_classes is None):
             raise ValueError(
                 f"guidance_scale must be 1 without a label; got {guidance_scale:g}. Guidance goes "
                 "from no class to one."
             )
+        self.check_guidance(guidance_scale)
         wrap = PARAMETRIZATIONS[self.predicts].denoiser
 
         def given(*label: jax.Array) -> Denoiser:
@@ -214,16 +220,37 @@ class RunSpec:
                 f"label must be in [0, {classes - 1}], the classes of this network; got {label}."
             )
 
+    def check_guidance(self, guidance_scale: float) -> None:
+        """Raise ValueError for a scale other than 1 of a network that does not know "no class"."""
+        if guidance_scale == 1 or (self.model_config.no_class_row and self.unconditional):
+            return
+        reason = (
+            "whose label 'no class' is not known to be trained: it was trained with a label "
+            "dropout of 0, or converted before that was written down"
+            if self.model_config.no_class_row
+            else "without a row for 'no class'"
+        )
+        raise ValueError(
+            f"guidance_scale must be 1 for a network {reason}; got {guidance_scale:g}. Guidance "
+            "goes from no class to one: train with a label dropout above 0, or, where the last "
+            "class of published weights means none, convert them again and say so."
+        )
+
     def describe(self) -> dict[str, Any]:
         """The run as JSON holds it; `spec_from` reads it."""
+        model = dataclasses.asdict(self.model_config)
+        if self.model_config.no_class_row:
+            del model["no_class_row"]  # so that the fingerprints of older files stay
+        knows = {} if self.num_classes is None else {"unconditional": self.unconditional}
         return {
-            "model": dataclasses.asdict(self.model_config),
+            "model": model,
             "schedule": dataclasses.asdict(self.schedule_config),
             "predicts": self.predicts,
             "codec": described(self.codec, CODECS),
             "spacing": self.spacing,
             "image_shape": list(self.image_shape),
             "rounding": ROUNDING,
+            **knows,
         }
 
 
@@ -241,7 +268,17 @@ def spec_from(config: Mapping[str, Any]) -> RunSpec:
         spacing=config["spacing"],
         predicts=config.get("predicts", "eps"),
         codec=restored("codec", config.get("codec", {"name": "pixels"}), CODECS),
+        unconditional=config.get("unconditional", _was_unconditional(config)),
     )
+
+
+def _was_unconditional(config: Mapping[str, Any]) -> bool:
+    """Whether a run of a file that does not say so was taught "no class"."""
+    if "objective" in config:
+        kind = OBJECTIVES.get(config["objective"].get("name"))
+        return config["objective"].get("label_dropout", getattr(kind, "label_dropout", 0)) > 0
+    # The last class of converted weights was taken for "no class", whatever it was.
+    return "converted_from" not in config
 
 
 def _three(shape: Sequence[int]) -> tuple[int, int, int]:
