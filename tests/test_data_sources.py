@@ -2,6 +2,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from ddim_jax.data.content import content_of
 from ddim_jax.data.images import resize_and_crop
 from ddim_jax.data.load import load_images
 from ddim_jax.data.source import ArraySource
@@ -15,17 +16,24 @@ UINT8 = np.zeros((3, 4, 4, 3), np.uint8)
 def test_digits_are_sklearns():
     from sklearn.datasets import load_digits
 
-    digits = load_images("digits")
+    digits = load_images("digits", split="all")
     assert len(digits) == 1797 and digits.image_shape == (8, 8, 1) and digits.num_classes == 10
     batch = digits.take(np.arange(1797))
     np.testing.assert_allclose(
         batch["image"][..., 0] / 255, load_digits().images / 16, atol=0.5 / 255
     )
     np.testing.assert_array_equal(batch["label"], load_digits().target)
-    test = load_images("digits", split="test")
-    np.testing.assert_array_equal(test.take(np.arange(360))["image"], batch["image"][-360:])
-    with pytest.raises(ValueError, match=r"\['test', 'train'\] for digits; got 'all'"):
-        load_images("digits", split="all")
+    with pytest.raises(ValueError, match=r"\['all', 'test', 'train'\] for digits; got 'both'"):
+        load_images("digits", split="both")
+
+
+def test_the_digits_test_is_no_part_of_train():
+    train, test, both = (load_images("digits", split=s) for s in ("train", "test", "all"))
+    assert (len(train), len(test)) == (1437, 360)
+    for key in ("image", "label"):
+        parts = [source.take(np.arange(len(source)))[key] for source in (train, test)]
+        np.testing.assert_array_equal(np.concatenate(parts), both.take(np.arange(1797))[key])
+    assert content_of(train) != content_of(both) == content_of(load_images("digits", split="all"))
 
 
 @pytest.mark.parametrize("keys", [("images", "labels"), ("x", "y"), ("arr_0", "arr_1")])
@@ -124,9 +132,9 @@ def test_any_size_becomes_the_size_wanted(size):
 
 def test_image_size_resizes_arrays_channel_by_channel():
     source = load_images("digits", image_size=16)
-    assert source.image_shape == (16, 16, 1) and len(source) == 1797
+    assert source.image_shape == (16, 16, 1) and len(source) == 1437
     small = load_images("digits")
-    means = [np.mean(s.take(np.arange(1797))["image"], axis=(1, 2, 3)) for s in (source, small)]
+    means = [np.mean(s.take(np.arange(1437))["image"], axis=(1, 2, 3)) for s in (source, small)]
     np.testing.assert_allclose(*means, atol=6)
     assert load_images("digits", image_size=8).image_shape == (8, 8, 1)
     with pytest.raises(ValueError, match="image_size must be at least 1; got 0"):

@@ -31,6 +31,7 @@ from ddim_jax.convert.tensors import (
     write_safetensors,
 )
 from ddim_jax.files import read_json, write_whole
+from ddim_jax.paths import local_path
 from ddim_jax.unet import UNet
 
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
@@ -58,7 +59,7 @@ def load_diffusers(path_or_id: str | os.PathLike[str]) -> DiffusersCheckpoint:
     in itself or in unet/. Raises ValueError for a damaged file, for a configuration that is another
     network than `UNet`, and for tensors that do not fit it.
     """
-    folder = pathlib.Path(path_or_id)
+    folder = local_path(path_or_id, "path", "folder")
     if not folder.is_dir():
         folder = _download(os.fspath(path_or_id))
     config = _first_that_exists(folder / "config.json", folder / "unet" / "config.json")
@@ -115,7 +116,7 @@ def save_diffusers(
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", "UNet2DModel"],
     }
-    folder = pathlib.Path(folder)
+    folder = local_path(folder, "folder", "folder")
     _write_json(folder / "model_index.json", index)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     _write_json(folder / "unet" / "config.json", config)
