@@ -92,6 +92,53 @@ def test_a_broken_npz_is_named(tmp_path, compress):
         load_images(str(tmp_path / "none.npz"))
 
 
+def test_npy(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
+    np.save(tmp_path / "set.npy", images)
+    source = load_images(str(tmp_path / "set.npy"))
+    assert source.image_shape == (4, 3, 1) and source.num_classes is None
+    np.testing.assert_array_equal(source.images[..., 0], images)
+    np.savez(tmp_path / "set.npz", images=images)
+    assert content_of(source) == content_of(load_images(str(tmp_path / "set.npz")))
+    whole = (tmp_path / "set.npy").read_bytes()
+    pickled = np.array([None, "x"], object).dumps()
+    for content in (whole[:-1], whole + b"x", whole[:4], b"", b"no array", pickled):
+        (tmp_path / "set.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=r"set\.npy cannot be read as images"):
+            load_images(str(tmp_path / "set.npy"))
+
+
+def test_a_reference_batch_of_guided_diffusion_is_its_images(tmp_path):
+    path = tmp_path / "VIRTUAL_cifar10.npz"
+    moments = {"mu": np.zeros(8), "sigma": np.eye(8), "mu_s": np.zeros(8), "sigma_s": np.eye(8)}
+    np.savez(path, arr_0=UINT8 + 7, **moments)
+    source = load_images(str(path))
+    np.testing.assert_array_equal(source.images, UINT8 + 7)
+    assert source.num_classes is None
+
+
+@pytest.mark.parametrize(
+    "name, arrays, words",
+    [
+        ("stats.npz", dict(mu=np.zeros(4), sigma=np.eye(4)), "it has .*feature statistics"),
+        ("act.npz", dict(pool_3=np.zeros((9, 4)), spatial=np.eye(4)), "features of images"),
+        ("arr.npz", dict(arr_0=np.zeros((9, 4))), r"\(9, 4\), which look like the features of 9"),
+        ("set.zip", None, "is an archive. Unpack it into a folder of images"),
+        ("set.tar.gz", None, "is an archive. Unpack it"),
+        ("one.png", None, "is one image. Give the folder"),
+        ("set.h5", None, r"is neither. Write its images to a folder, or with np\.savez"),
+    ],
+)
+def test_a_file_that_is_no_data_set_is_refused_by_what_it_is(tmp_path, name, arrays, words):
+    path = tmp_path / name
+    path.write_bytes(b"")
+    if arrays is not None:
+        np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=words) as error:
+        load_images(str(path))
+    assert str(path) in str(error.value)
+
+
 def test_labels_and_num_classes_come_together():
     with pytest.raises(ValueError, match="labels and num_classes come together"):
         ArraySource(UINT8, np.zeros(3, int))

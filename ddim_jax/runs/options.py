@@ -86,12 +86,14 @@ def with_local_paths(config: Config) -> Config:
     """
     kinds, changes = path_options(type(config)), {}
     for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
-        value = getattr(config, field.name)
+        value = new = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            changes[field.name] = with_local_paths(value)
+            new = with_local_paths(value)
         elif field.name in kinds:
-            changes[field.name] = _through_the_door(value, field.name, kinds[field.name])
-    return dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]
+            new = _through_the_door(value, field.name, kinds[field.name])
+        if new != value:
+            changes[field.name] = new
+    return dataclasses.replace(config, **changes) if changes else config  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def _through_the_door(value: Any, name: str, option: PathOption) -> Any:
