@@ -286,6 +286,27 @@ def progress(out: pathlib.Path) -> tuple[int, int]:
         return cells, 0
 
 
+def test_a_sweep_goes_on_whatever_the_measured_data_are_called(finished, tmp_path):
+    """Statistics of the same images from another place; those of other images are refused."""
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    images = load_images("digits").take(np.arange(1437))["image"]
+    for name, some in (("same", images), ("half", images[::2])):
+        np.savez(tmp_path / f"{name}.npz", images=some)
+        made = tmp_path / f"{name}-stats.npz"
+        make_statistics.main(
+            make_statistics.StatisticsConfig(
+                data=str(tmp_path / f"{name}.npz"), out=str(made), features="pixels"
+            )
+        )
+        moved = dataclasses.replace(finished, out=str(out), stats=(str(made),))
+        if name == "same":
+            fid_sweep.main(moved)
+        else:
+            with pytest.raises(ValueError, match=r"holds another sweep: .*statistics_hash"):
+                fid_sweep.main(moved)
+    assert lines(out) == lines(finished.out)
+
+
 def test_a_sweep_of_other_settings_is_refused_and_left_alone(finished):
     before = (pathlib.Path(finished.out) / "sweep.json").read_text()
     for change, message in (
