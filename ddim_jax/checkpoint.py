@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import pathlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeAlias, TypeVar
 
@@ -17,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from ddim_jax.paths import local_path
 
 Tree = TypeVar("Tree")
 
@@ -33,7 +34,7 @@ class Checkpointer:
         """Saves into `directory`, made when needed, where the newest `keep` checkpoints stay."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1; got {keep}.")
-        self.directory = pathlib.Path(directory).expanduser().absolute()
+        self.directory = local_path(directory, "directory", "folder").absolute()
         self._keep = keep
 
     @functools.cached_property

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ddim_jax.paths import local_path
+
 # ---------------------------------------------------------------------------------------------
 # Writing
 
@@ -24,7 +26,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
 
     When writing fails nothing new stays in the folder; a kill may leave a `.new` file beside it.
     """
-    path = pathlib.Path(path)
+    path = local_path(path)
     # A name of its own, for two processes may write the same file.
     new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
@@ -63,7 +65,7 @@ def read_json(
     Raises FileNotFoundError without a file, and ValueError, ending in `way_out`, when it is
     damaged or holds something else than an object.
     """
-    path = pathlib.Path(path)
+    path = local_path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # bytes that are no text are a ValueError too
@@ -108,7 +110,7 @@ def npz_names(
 
 @contextlib.contextmanager
 def _opened_npz(path: str | os.PathLike[str], what: str, way_out: str) -> Iterator[zipfile.ZipFile]:
-    path = pathlib.Path(path)
+    path = local_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give the path of {what}, a .npz file.")
     try:
@@ -170,7 +172,7 @@ def _differences(
 @contextlib.contextmanager
 def only_one_process(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold the folder; ValueError if another process does. A killed process lets go of it."""
-    folder = pathlib.Path(folder)
+    folder = local_path(folder, "folder", "folder")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:

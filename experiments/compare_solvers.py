@@ -26,6 +26,7 @@ from jax.scipy.special import ndtr
 from jaxtyping import Array, Float
 
 from ddim_jax.ode import to_ode_coordinates
+from ddim_jax.paths import Folder
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.samplers import Sampler, sample
 from ddim_jax.schedule import Schedule, Spacing, ddim_timesteps, linear_schedule
@@ -54,7 +55,7 @@ FEW_STEPS = 10
 class CompareConfig:
     """Error of each sampler against its network calls."""
 
-    out: str = "out/solvers"
+    out: Folder = "out/solvers"
     """Where solvers.png and results.json go."""
     samplers: Annotated[
         tuple[str, ...], tyro.conf.arg(help=f"The methods, from {', '.join(SAMPLERS)}.")

@@ -29,6 +29,7 @@ from ddim_jax.convert.diffusers_scheduler import (
 )
 from ddim_jax.files import only_one_process, write_whole
 from ddim_jax.hashing import content_hash
+from ddim_jax.paths import AnyPath, Folder
 from ddim_jax.runs import ModelConfig, Run, RunSpec, ScheduleConfig, Weights, load_trained
 from ddim_jax.runs.folder import checkpoints, write_config
 from ddim_jax.schedule import Spacing
@@ -47,15 +48,15 @@ IMAGE_SHAPES = {
 class ConvertConfig:
     """Weights from a published format into a workdir (--from), or out of one (--to)."""
 
-    workdir: str
+    workdir: Folder
     """The model: a new folder for --from, for --to one that train.py or convert.py wrote."""
     source: Annotated[Format | None, tyro.conf.arg(name="from")] = None
     """Read --path: a diffusers folder or hub id, or a .ckpt or .pth file of the paper's code."""
-    path: str | None = None
+    path: AnyPath | None = None
     """What --from reads."""
     target: Annotated[Format | None, tyro.conf.arg(name="to")] = None
     """Write --out: a folder that diffusers' pipelines load, or a .ckpt for the paper's code."""
-    out: str | None = None
+    out: AnyPath | None = None
     """What --to writes; must not exist."""
     preset: Literal["cifar10", "celeba", "bedroom", "church"] = "cifar10"
     """The network of a file that --from ddim reads: it holds weights and no settings."""
@@ -99,7 +100,7 @@ def _into_workdir(config: ConvertConfig) -> None:
     except (OSError, ImportError) as error:  # no such file, no network, an extra not installed
         raise ValueError(f"path {config.path} cannot be read: {error}") from error
 
-    spec, workdir = loaded.spec, pathlib.Path(config.workdir).expanduser()
+    spec, workdir = loaded.spec, pathlib.Path(config.workdir)
     if config.spacing is not None:
         spec = dataclasses.replace(spec, spacing=config.spacing)
     if config.last_class_is_null and config.source != "diffusers":

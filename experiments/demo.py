@@ -35,6 +35,7 @@ from ddim_jax.data.stream import sequential_batches
 from ddim_jax.keys import initial_noise, seed_key
 from ddim_jax.metrics.features import FeatureName
 from ddim_jax.metrics.frechet import frechet_distance_from_features
+from ddim_jax.paths import Folder
 from ddim_jax.runs import DrawInputs, Run, draw_images, image_program, load_trained
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.samplers import ddim_or_sigma_hat, sample_trajectory
@@ -54,7 +55,7 @@ Drawer = Callable[[int, float], np.ndarray]
 class DemoConfig:
     """Train on handwritten digits, sample, compare."""
 
-    out: str = "out/demo"
+    out: Folder = "out/demo"
     """Where the model, the pictures and the table go."""
     steps: tuple[int, ...] = (5, 10, 20, 50, 100)
     """Numbers of sampling steps S."""

@@ -16,6 +16,7 @@ from common.options import DataOptions
 
 from ddim_jax.data.load import load_images
 from ddim_jax.metrics.metric import Metric, State, column_name
+from ddim_jax.paths import DataName, File
 from ddim_jax.runs.options import check_limits, option
 
 
@@ -23,9 +24,9 @@ from ddim_jax.runs.options import check_limits, option
 class FidConfig(MetricOptions, DataOptions):
     """One set of images, a line for each metric; called FID only with Inception features."""
 
-    images: Annotated[str, tyro.conf.Positional]
+    images: Annotated[DataName, tyro.conf.Positional]
     """A folder of images or a .npz of uint8 (N, H, W, C); the name of a data set works too."""
-    stats: str
+    stats: File
     """What make_statistics.py wrote, or the .npz that pytorch-fid and TTUR publish."""
     batch_size: int = option(256, at_least=1)
     """Images at once."""

@@ -45,6 +45,7 @@ from common.sweep_table import PaperTable, describe, duration
 
 from ddim_jax.files import only_one_process
 from ddim_jax.parallel import index_batches
+from ddim_jax.paths import File, Folder
 from ddim_jax.runs import checked_images
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.schedule import Spacing
@@ -59,10 +60,10 @@ OTHER_SAMPLERS = [name for name in SAMPLERS if name not in ("ddim", "sigma_hat")
 class SweepConfig(MetricOptions, SpacingOptions, ModelOptions):
     """One sweep of one model; every field is a command-line option."""
 
-    stats: tuple[str, ...]
+    stats: tuple[File, ...]
     """What make_statistics.py wrote; several files of different features measure the same
     samples."""
-    out: str
+    out: Folder
     """Where results, sample grids and the report go. A sweep found there is continued."""
     steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
     """Numbers of sampling steps S, the columns of the table."""

@@ -2,6 +2,8 @@
 
 python experiments/interpolate.py --workdir runs/digits
 python experiments/interpolate.py --workdir runs/digits --images 0 1     # two real digits
+python experiments/interpolate.py --workdir runs/digits --images a.png b.png
+python experiments/interpolate.py --workdir runs/digits --images 0 1 --data photos/
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from jaxtyping import Float, UInt8
 from ddim_jax.keys import initial_noise, seed_key
 from ddim_jax.latents import interpolation_grid, interpolation_line, lerp, slerp
 from ddim_jax.parallel import map_rows, over_devices
-from ddim_jax.runs import Run, RunParams, checked_images, to_pixels
+from ddim_jax.paths import File, Folder
+from ddim_jax.runs import Run, RunParams, RunSpec, checked_images, to_pixels
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.samplers import encode, sample
 
@@ -31,10 +34,11 @@ from ddim_jax.samplers import encode, sample
 class InterpolateConfig(DrawOptions, StepsOptions, RealImageOptions, ModelOptions):
     """A line between two latents, by slerp and by lerp, and a grid between four."""
 
-    out: str = "out/interpolate"
+    out: Folder = "out/interpolate"
     """Where interpolation.png goes."""
-    images: tuple[int, int] | None = None
-    """Indices of two real images to join, through their latents; noise is joined if not given."""
+    images: tuple[int, int] | tuple[File, File] | None = None
+    """Two real images to join, through their latents: indices in the data, or two image files.
+    Those of another size are resized and cropped to the model's. Noise is joined if not given."""
     num_points: int = option(11, at_least=2)
     """Images on the line, both ends included."""
     grid_size: int = option(8, at_least=2)
@@ -54,8 +58,8 @@ def main(config: InterpolateConfig) -> None:
     originals = None
     ends = noise[:2]
     if config.images is not None:
-        source = real.open_source(config.workdir, spec, config.data, config.split, config.data_dir)
-        originals = real.take(source, config.images).image
+        originals, named = _originals(config, spec)
+        print(f"real images: {named}")
         ends = jnp.asarray(_encode(run, timesteps, originals, config))
 
     lines = {
@@ -75,6 +79,26 @@ def main(config: InterpolateConfig) -> None:
         print(f"{name}: norms of the latents / sqrt(d) from {norm.min():.3f} to {norm.max():.3f}")
     _draw(out / "interpolation.png", rows, originals, norms, grid_images)
     print(f"run {run.fingerprint_id}, see {out / 'interpolation.png'}")
+
+
+def _originals(
+    config: InterpolateConfig, spec: RunSpec
+) -> tuple[UInt8[np.ndarray, "N H W C"], str]:
+    """The two real images as the model's, and what to call them."""
+    indices = [int(i) for i in config.images or () if str(i).isdecimal()]
+    if indices and len(indices) < 2:
+        raise ValueError(f"images must be two indices or two files; got {config.images}.")
+    if indices:
+        data = real.open_any_size(config.workdir, spec, config)
+        images = real.in_shape(real.take(data.source, indices).image, spec.image_shape)
+        return images, f"{indices[0]} and {indices[1]} of {data.source.name}, {data}"
+    if config.data is not None or config.split is not None:
+        raise ValueError(
+            "data and split must be left out where images are files; got "
+            f"{config.data or config.split}. Indices go with them."
+        )
+    paths = [str(path) for path in config.images or ()]
+    return real.read_files(paths, spec.image_shape), " and ".join(paths)
 
 
 def relative_norms(latents: Float[jax.Array, "N *shape"]) -> Float[np.ndarray, "N"]:

@@ -22,6 +22,7 @@ from common.results import write_results
 from ddim_jax.bound import BoundTerms, fixed_large_sigmas, process_sigmas, variational_bound
 from ddim_jax.keys import image_keys, seed_key
 from ddim_jax.parallel import map_rows, over_devices
+from ddim_jax.paths import Folder
 from ddim_jax.runs import RunParams, RunSpec
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.schedule import Spacing
@@ -35,7 +36,7 @@ Stds: TypeAlias = tuple[jax.Array, jax.Array]
 class LikelihoodConfig(DrawOptions, RealImageOptions, ModelOptions):
     """The bound J_sigma of a split, for DDPM's two variances and for other eta."""
 
-    out: str = "out/likelihood"
+    out: Folder = "out/likelihood"
     """Where likelihood.png and results.json go."""
     num_images: int | None = option(64, at_least=1)
     """The first so many images of the split; None for the whole split."""
@@ -64,8 +65,8 @@ def main(config: LikelihoodConfig) -> None:
         )
     timesteps = spec.timesteps(config.num_sample_steps or spec.schedule.num_steps, config.spacing)
     processes = _processes(spec, timesteps, config.etas)
-    source = real.open_source(config.workdir, spec, config.data, config.split, config.data_dir)
-    images = real.first(source, config.num_images)
+    data = real.open_source(config.workdir, spec, config)
+    images = real.first(data.source, config.num_images)
 
     program = bound_program(spec, timesteps, list(processes.values()), config.seed)
     indices = np.arange(len(images.image))
@@ -79,13 +80,15 @@ def main(config: LikelihoodConfig) -> None:
         )
     print(_table(rows))
     print(
-        f"\nBits per dimension, mean over {len(indices)} images of {source.name}, split "
-        f"{config.split}, and standard error over images; S = {len(timesteps)} {config.spacing}, "
+        f"\nBits per dimension, mean over {len(indices)} images of {data.source.name}, "
+        f"{data}, and standard error over images; S = {len(timesteps)} {config.spacing}, "
         f"{config.weights} weights of step {run.step}, seed {config.seed}, run "
         f"{run.fingerprint_id}."
     )
     out = pathlib.Path(config.out)
-    write_results(out, config, {"timesteps": timesteps.tolist(), "rows": rows}, run)
+    write_results(
+        out, config, {"split": data.split, "timesteps": timesteps.tolist(), "rows": rows}, run
+    )
     _draw(out / "likelihood.png", rows, timesteps)
     print(f"see {out / 'likelihood.png'}")
 

@@ -22,6 +22,7 @@ from ddim_jax.data.load import load_images
 from ddim_jax.metrics.features import FEATURE_NETWORKS
 from ddim_jax.metrics.frechet import MOMENTS, frechet_metric
 from ddim_jax.metrics.statistics import save_statistics, statistics_of
+from ddim_jax.paths import DataName, File
 from ddim_jax.runs.options import check_limits, option
 
 
@@ -32,9 +33,9 @@ class StatisticsConfig(MetricOptions, DataOptions):
     Mean and covariance, which frechet needs, are always there.
     """
 
-    data: Annotated[str, tyro.conf.Positional]
+    data: Annotated[DataName, tyro.conf.Positional]
     """digits, a TFDS name, a folder of images, or a .npz file of uint8 images."""
-    out: str
+    out: File
     """The .npz file to write; pytorch-fid and TTUR read it too."""
     features: Annotated[
         str, tyro.conf.arg(help=f"The network behind the features: {', '.join(FEATURE_NETWORKS)}.")

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from ddim_jax.objectives import DENOISING, Denoising, Objective
+from ddim_jax.paths import Folder
 from ddim_jax.runs import ModelConfig, ScheduleConfig, TrainConfig
 
 
@@ -15,7 +16,7 @@ from ddim_jax.runs import ModelConfig, ScheduleConfig, TrainConfig
 class TrainOptions(TrainConfig):
     """One training run; every field is a command-line option."""
 
-    workdir: str = dataclasses.field(
+    workdir: Folder = dataclasses.field(
         default=tyro.MISSING, metadata=TrainConfig.__dataclass_fields__["workdir"].metadata
     )
     """Where checkpoints, samples, logs and config.json go. A run found there is resumed."""

@@ -20,6 +20,7 @@ from common.results import write_results
 
 from ddim_jax.inversion import encode_fixed_point
 from ddim_jax.parallel import map_rows, over_devices
+from ddim_jax.paths import Folder
 from ddim_jax.runs import Run, RunParams, RunSpec, checked_images, to_pixels
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.samplers import encode, sample
@@ -35,7 +36,7 @@ NUM_SHOWN = 12
 class ReconstructConfig(SpacingOptions, RealImageOptions, ModelOptions):
     """How much of an image survives encoding and decoding, over numbers of steps."""
 
-    out: str = "out/reconstruct"
+    out: Folder = "out/reconstruct"
     """Where reconstruct.png and results.json go."""
     num_images: int = option(16, at_least=1)
     """The first so many images of the split; the paper takes 10000."""
@@ -55,8 +56,8 @@ def main(config: ReconstructConfig) -> None:
     iterations = config.fixed_point_iterations
     run = config.load()
     grids = _grids(run.spec, config)
-    source = real.open_source(config.workdir, run.spec, config.data, config.split, config.data_dir)
-    images = real.first(source, config.num_images)
+    data = real.open_source(config.workdir, run.spec, config)
+    images = real.first(data.source, config.num_images)
 
     def reconstruct(timesteps: Timesteps, num_iterations: int | None = None):
         program = reconstruction_program(run.spec, timesteps, num_iterations)
@@ -71,10 +72,10 @@ def main(config: ReconstructConfig) -> None:
             row |= _implicit_row(reconstruct, run.spec, timesteps, config)
         rows.append(row)
         print(f"S = {num_steps:4d}  error {row['mse']:.2e}", flush=True)
-    print(f"\n{_table(rows, iterations)}\n\n{_conditions(config, run, source.name)}")
+    print(f"\n{_table(rows, iterations)}\n\n{_conditions(config, run, data)}")
 
     out = pathlib.Path(config.out)
-    write_results(out, config, {"rows": rows}, run)
+    write_results(out, config, {"split": data.split, "rows": rows}, run)
     _draw(out / "reconstruct.png", rows, images.image, latent, decoded)
     print(f"see {out / 'reconstruct.png'}")
 
@@ -152,13 +153,13 @@ def _table(rows, iterations: int | None) -> str:
     return "\n".join(lines)
 
 
-def _conditions(config: ReconstructConfig, run: Run, name: str) -> str:
+def _conditions(config: ReconstructConfig, run: Run, data: real.Opened) -> str:
     spacing = config.spacing or run.spec.spacing
     grid = "given timesteps" if config.timesteps else f"{spacing} sub-sequence"
     codec = "" if run.spec.codec.is_identity else ", to the codec's own reconstruction"
     return (
         f"Mean squared error of pixels on [0, 1]{codec}; first {config.num_images} images of "
-        f"{name}, split {config.split}; {grid}, {config.weights} weights of step {run.step}, run "
+        f"{data.source.name}, {data}; {grid}, {config.weights} weights of step {run.step}, run "
         f"{run.fingerprint_id}."
     )
 

@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 
 from ddim_jax.keys import seed_key
 from ddim_jax.metrics.classifier import TrainedClassifier, apply_classifier, load_classifier
+from ddim_jax.paths import File, Folder
 from ddim_jax.runs import DrawInputs, Run, draw_images, image_program
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.samplers import ddim
@@ -31,13 +32,13 @@ NUM_SHOWN = 6
 class SameLatentConfig(DrawOptions, SpacingOptions, ModelOptions):
     """How far an image drawn in S steps is from the one drawn in the most steps."""
 
-    out: str = "out/same_latent"
+    out: Folder = "out/same_latent"
     """Where same_latent.png and results.json go."""
     steps: tuple[int, ...] = (5, 10, 20, 50, 100, 200, 500, 1000)
     """Numbers of steps S; distances are to the images of the largest."""
     num_images: int = option(16, at_least=1)
     """Latents x_T behind each number."""
-    classifier: str | None = None
+    classifier: File | None = None
     """Also measure in the features of this classifier (train_classifier.py)."""
 
 

@@ -14,6 +14,7 @@ from common import cli, pictures
 from common.options import DrawOptions, ModelOptions, SamplerOptions, StepsOptions
 
 from ddim_jax.keys import seed_key
+from ddim_jax.paths import Folder
 from ddim_jax.runs import DrawInputs, draw_images, image_program
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.samplers import Sampler
@@ -24,7 +25,7 @@ from ddim_jax.solvers import named_sampler
 class SampleConfig(DrawOptions, SamplerOptions, StepsOptions, ModelOptions):
     """Images from one model with one setting of the sampler."""
 
-    out: str
+    out: Folder
     """Where the images go: grid.png and one PNG for each image."""
     num_images: int = option(64, at_least=1)
     """How many images."""

@@ -15,12 +15,14 @@ from common.sweep_page import write_report
 from common.sweep_store import read_results
 from common.sweep_table import PaperTable
 
+from ddim_jax.paths import Folder
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Write the report of a sweep again."""
 
-    out: Annotated[str, tyro.conf.Positional]
+    out: Annotated[Folder, tyro.conf.Positional]
     """The sweep's folder."""
     paper: PaperTable | None = None
     """Show these numbers of the paper beside the sweep's."""

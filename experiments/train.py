@@ -18,12 +18,13 @@ import tqdm
 from common import cli, pictures
 from presets import PRESETS, TrainOptions
 
+from ddim_jax.paths import local_path
 from ddim_jax.runs import TrainConfig, Watcher, fit
 
 
 def main(config: TrainConfig) -> None:
     """Train, with a progress bar, TensorBoard's logs and grids of samples."""
-    fit(config, [_Bar(), _Board(pathlib.Path(config.workdir).expanduser())])
+    fit(config, [_Bar(), _Board(local_path(config.workdir))])
 
 
 class _Bar(Watcher):

@@ -24,7 +24,7 @@ from common import cli
 from common.measures import CLASSIFIER_FILE
 
 from ddim_jax.data.load import load_images
-from ddim_jax.data.source import ArraySource, ImageSource
+from ddim_jax.data.source import ImageSource
 from ddim_jax.data.stream import batches, sequential_batches
 from ddim_jax.metrics.classifier import (
     Classifier,
@@ -33,6 +33,7 @@ from ddim_jax.metrics.classifier import (
     init_classifier,
     save_classifier,
 )
+from ddim_jax.paths import DataName, Folder
 from ddim_jax.runs.options import check_limits, option
 
 
@@ -40,14 +41,14 @@ from ddim_jax.runs.options import check_limits, option
 class ClassifierConfig:
     """One classifier; every field is a command-line option."""
 
-    out: str
+    out: Folder
     """The folder that gets classifier.safetensors."""
-    data: str = "cifar10"
+    data: DataName = "cifar10"
     """digits, a TFDS name, or another set with labels."""
-    data_dir: str | None = None
+    data_dir: Folder | None = None
     """Where TFDS sets stand; its own default if not given."""
     train_split: str = "train"
-    """What it learns from. Of the digits all but the last 360, which "test" is."""
+    """What it learns from."""
     test_split: str = "test"
     """What its accuracy is measured on."""
     image_size: int | None = option(None, at_least=1)
@@ -125,12 +126,7 @@ def _load(config: ClassifierConfig) -> tuple[ImageSource, ImageSource]:
     load = functools.partial(
         load_images, config.data, data_dir=config.data_dir, image_size=config.image_size
     )
-    train_set, test_set = load(split=config.train_split), load(split=config.test_split)
-    if config.data == "digits" and isinstance(train_set, ArraySource):
-        # The digits' "train" is all of them; accuracy on images learnt by heart would mean nothing.
-        kept = train_set.take(np.arange(len(train_set) - len(test_set)))
-        train_set = dataclasses.replace(train_set, images=kept["image"], labels=kept["label"])
-    return train_set, test_set
+    return load(split=config.train_split), load(split=config.test_split)
 
 
 def _update(model, tx, flip, params, opt_state, key, images, labels):

@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 
 from ddim_jax.keys import initial_noise, seed_key
 from ddim_jax.parallel import map_rows, over_devices
+from ddim_jax.paths import Folder
 from ddim_jax.runs import Run, RunParams, checked_images, to_pixels
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.samplers import Sampler, sample_trajectory
@@ -31,7 +32,7 @@ MAX_FRAMES = 50
 class TrajectoryConfig(DrawOptions, SamplerOptions, StepsOptions, ModelOptions):
     """Every state and prediction on the way from noise to a few images."""
 
-    out: str = "out/trajectory"
+    out: Folder = "out/trajectory"
     """Where trajectory.png and trajectory.gif go."""
     num_images: int = option(9, at_least=1)
     """Images in the animation; the strips show the first three."""

@@ -232,6 +232,7 @@ FLOORS = {
     "checks": 1,
     "numerics": 1,
     "files": 1,
+    "paths": 0,
     "hashing": 1,
     "schedule": 1,
     "keys": 1,

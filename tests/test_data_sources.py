@@ -2,6 +2,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from ddim_jax.data.content import content_of
 from ddim_jax.data.images import resize_and_crop
 from ddim_jax.data.load import load_images
 from ddim_jax.data.source import ArraySource
@@ -15,17 +16,24 @@ UINT8 = np.zeros((3, 4, 4, 3), np.uint8)
 def test_digits_are_sklearns():
     from sklearn.datasets import load_digits
 
-    digits = load_images("digits")
+    digits = load_images("digits", split="all")
     assert len(digits) == 1797 and digits.image_shape == (8, 8, 1) and digits.num_classes == 10
     batch = digits.take(np.arange(1797))
     np.testing.assert_allclose(
         batch["image"][..., 0] / 255, load_digits().images / 16, atol=0.5 / 255
     )
     np.testing.assert_array_equal(batch["label"], load_digits().target)
-    test = load_images("digits", split="test")
-    np.testing.assert_array_equal(test.take(np.arange(360))["image"], batch["image"][-360:])
-    with pytest.raises(ValueError, match=r"\['test', 'train'\] for digits; got 'all'"):
-        load_images("digits", split="all")
+    with pytest.raises(ValueError, match=r"\['all', 'test', 'train'\] for digits; got 'both'"):
+        load_images("digits", split="both")
+
+
+def test_the_digits_test_is_no_part_of_train():
+    train, test, both = (load_images("digits", split=s) for s in ("train", "test", "all"))
+    assert (len(train), len(test)) == (1437, 360)
+    for key in ("image", "label"):
+        parts = [source.take(np.arange(len(source)))[key] for source in (train, test)]
+        np.testing.assert_array_equal(np.concatenate(parts), both.take(np.arange(1797))[key])
+    assert content_of(train) != content_of(both) == content_of(load_images("digits", split="all"))
 
 
 @pytest.mark.parametrize("keys", [("images", "labels"), ("x", "y"), ("arr_0", "arr_1")])
@@ -84,6 +92,53 @@ def test_a_broken_npz_is_named(tmp_path, compress):
         load_images(str(tmp_path / "none.npz"))
 
 
+def test_npy(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
+    np.save(tmp_path / "set.npy", images)
+    source = load_images(str(tmp_path / "set.npy"))
+    assert source.image_shape == (4, 3, 1) and source.num_classes is None
+    np.testing.assert_array_equal(source.images[..., 0], images)
+    np.savez(tmp_path / "set.npz", images=images)
+    assert content_of(source) == content_of(load_images(str(tmp_path / "set.npz")))
+    whole = (tmp_path / "set.npy").read_bytes()
+    pickled = np.array([None, "x"], object).dumps()
+    for content in (whole[:-1], whole + b"x", whole[:4], b"", b"no array", pickled):
+        (tmp_path / "set.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=r"set\.npy cannot be read as images"):
+            load_images(str(tmp_path / "set.npy"))
+
+
+def test_a_reference_batch_of_guided_diffusion_is_its_images(tmp_path):
+    path = tmp_path / "VIRTUAL_cifar10.npz"
+    moments = {"mu": np.zeros(8), "sigma": np.eye(8), "mu_s": np.zeros(8), "sigma_s": np.eye(8)}
+    np.savez(path, arr_0=UINT8 + 7, **moments)
+    source = load_images(str(path))
+    np.testing.assert_array_equal(source.images, UINT8 + 7)
+    assert source.num_classes is None
+
+
+@pytest.mark.parametrize(
+    "name, arrays, words",
+    [
+        ("stats.npz", dict(mu=np.zeros(4), sigma=np.eye(4)), "it has .*feature statistics"),
+        ("act.npz", dict(pool_3=np.zeros((9, 4)), spatial=np.eye(4)), "features of images"),
+        ("arr.npz", dict(arr_0=np.zeros((9, 4))), r"\(9, 4\), which look like the features of 9"),
+        ("set.zip", None, "is an archive. Unpack it into a folder of images"),
+        ("set.tar.gz", None, "is an archive. Unpack it"),
+        ("one.png", None, "is one image. Give the folder"),
+        ("set.h5", None, r"is neither. Write its images to a folder, or with np\.savez"),
+    ],
+)
+def test_a_file_that_is_no_data_set_is_refused_by_what_it_is(tmp_path, name, arrays, words):
+    path = tmp_path / name
+    path.write_bytes(b"")
+    if arrays is not None:
+        np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=words) as error:
+        load_images(str(path))
+    assert str(path) in str(error.value)
+
+
 def test_labels_and_num_classes_come_together():
     with pytest.raises(ValueError, match="labels and num_classes come together"):
         ArraySource(UINT8, np.zeros(3, int))
@@ -124,9 +179,9 @@ def test_any_size_becomes_the_size_wanted(size):
 
 def test_image_size_resizes_arrays_channel_by_channel():
     source = load_images("digits", image_size=16)
-    assert source.image_shape == (16, 16, 1) and len(source) == 1797
+    assert source.image_shape == (16, 16, 1) and len(source) == 1437
     small = load_images("digits")
-    means = [np.mean(s.take(np.arange(1797))["image"], axis=(1, 2, 3)) for s in (source, small)]
+    means = [np.mean(s.take(np.arange(1437))["image"], axis=(1, 2, 3)) for s in (source, small)]
     np.testing.assert_allclose(*means, atol=6)
     assert load_images("digits", image_size=8).image_shape == (8, 8, 1)
     with pytest.raises(ValueError, match="image_size must be at least 1; got 0"):

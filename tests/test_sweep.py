@@ -125,13 +125,13 @@ def pixels(images: np.ndarray) -> np.ndarray:
 def digits() -> np.ndarray:
     from sklearn.datasets import load_digits
 
-    return np.round(load_digits().images * (255 / 16))[..., None]
+    return np.round(load_digits().images[:1437] * (255 / 16))[..., None]
 
 
 def test_statistics_are_of_every_image_once(stats):
     statistics = load_statistics(stats)
     want = pixels(digits())
-    assert statistics.num_samples == len(want) == 1797
+    assert statistics.num_samples == len(want) == 1437
     np.testing.assert_allclose(statistics.mean, want.mean(axis=0), atol=5e-3)
     np.testing.assert_allclose(statistics.cov, np.cov(want, rowvar=False), atol=5e-3)
     assert statistics.data == {
@@ -146,7 +146,7 @@ def test_the_statistics_script_leaves_the_standard_module_alone(tmp_path):
     done = script("experiments/make_statistics.py", "digits", "--features", "pixels", "--out",
                   str(tmp_path / "s.npz"))  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "1797 images of digits" in done.stdout
+    assert "1437 images of digits" in done.stdout
     code = "import statistics, sys; print(statistics.fmean([1, 2]), sys.modules['statistics'])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT / "experiments", capture_output=True, text=True
@@ -286,6 +286,27 @@ def progress(out: pathlib.Path) -> tuple[int, int]:
         return cells, 0
 
 
+def test_a_sweep_goes_on_whatever_the_measured_data_are_called(finished, tmp_path):
+    """Statistics of the same images from another place; those of other images are refused."""
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    images = load_images("digits").take(np.arange(1437))["image"]
+    for name, some in (("same", images), ("half", images[::2])):
+        np.savez(tmp_path / f"{name}.npz", images=some)
+        made = tmp_path / f"{name}-stats.npz"
+        make_statistics.main(
+            make_statistics.StatisticsConfig(
+                data=str(tmp_path / f"{name}.npz"), out=str(made), features="pixels"
+            )
+        )
+        moved = dataclasses.replace(finished, out=str(out), stats=(str(made),))
+        if name == "same":
+            fid_sweep.main(moved)
+        else:
+            with pytest.raises(ValueError, match=r"holds another sweep: .*statistics_hash"):
+                fid_sweep.main(moved)
+    assert lines(out) == lines(finished.out)
+
+
 def test_a_sweep_of_other_settings_is_refused_and_left_alone(finished):
     before = (pathlib.Path(finished.out) / "sweep.json").read_text()
     for change, message in (
@@ -336,10 +357,10 @@ def test_a_refusal_is_one_line_and_exit_code_2(config, tmp_path):
 
 
 def test_the_distance_of_a_set_to_itself_is_zero(stats, tmp_path, capsys):
-    np.savez(tmp_path / "images.npz", images=load_images("digits").take(np.arange(1797))["image"])
+    np.savez(tmp_path / "images.npz", images=load_images("digits").take(np.arange(1437))["image"])
     fid.main(fid.FidConfig(images=str(tmp_path / "images.npz"), stats=str(stats)))
     printed = capsys.readouterr().out
-    assert float(re.match(r"fd_pixels ([\d.e-]+): N = 1797", printed)[1]) < 1e-6
+    assert float(re.match(r"fd_pixels ([\d.e-]+): N = 1437", printed)[1]) < 1e-6
     half = load_images("digits").take(np.arange(60))["image"]
     np.savez(tmp_path / "few.npz", images=half)
     fid.main(fid.FidConfig(images=str(tmp_path / "few.npz"), stats=str(stats)))
@@ -357,7 +378,7 @@ def test_a_classifier_measures_from_beside_its_statistics(tmp_path, capsys):
     statistics(path, "classifier", "frechet")
     assert load_statistics(path).network_hash == trained.content_hash
     fid.main(fid.FidConfig(images="digits", stats=path))
-    assert re.search(r"fd_classifier ([\d.e-]+): N = 1797", capsys.readouterr().out)
+    assert re.search(r"fd_classifier ([\d.e-]+): N = 1437", capsys.readouterr().out)
 
 
 # ------------------------------------------------------------------------- more rows, more columns
@@ -507,7 +528,7 @@ def test_every_metric_is_a_column_with_the_number_of_the_pure_function(
     trained = load_classifier(classifier / "classifier.safetensors")
     with np.load(tmp_path / "drawn" / "samples.npz") as file:
         ours = apply_classifier(trained.model, trained.params, file["images"])
-    images = load_images("digits").take(np.arange(1797))["image"]
+    images = load_images("digits").take(np.arange(1437))["image"]
     real = apply_classifier(trained.model, trained.params, images).features
     want = {}
     want |= numbers("kid", kid(ours.features, real, subset_size=21))
@@ -519,7 +540,7 @@ def test_every_metric_is_a_column_with_the_number_of_the_pure_function(
     assert line["values"].keys() == {f"{name}_classifier" for name in ("fd", *want)}
 
     shown = line["measures"]["kid_classifier"]
-    assert shown["description"] == "21 images against 1797, 100 subsets of 21"
+    assert shown["description"] == "21 images against 1437, 100 subsets of 21"
     assert "no error bar" in shown["warning"] and shown["direction"] == "lower"
     assert line["measures"]["kid_std_classifier"]["std_of"] == "kid_classifier"
     printed = fid_py(tmp_path / "drawn" / "images", mine.stats[0], capsys, *METRIC_NAMES)

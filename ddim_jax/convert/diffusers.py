@@ -32,6 +32,7 @@ from ddim_jax.convert.diffusers_unet import (
 from ddim_jax.convert.prefixes import without_prefix
 from ddim_jax.convert.tensors import Params, naming, write_safetensors
 from ddim_jax.files import read_json, write_whole
+from ddim_jax.paths import local_path
 from ddim_jax.unet import UNet
 
 
@@ -86,7 +87,7 @@ def open_diffusers(
     last_class_is_null: bool | None = None,
 ) -> DiffusersFolder:
     """`load_diffusers`, with what it found out about the folder's files."""
-    folder = pathlib.Path(path_or_id)
+    folder = local_path(path_or_id, "path", "folder")
     if not folder.is_dir():
         folder = _download(os.fspath(path_or_id))
     file, said = find_weights(folder, weights)
@@ -151,7 +152,7 @@ def save_diffusers(
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", "UNet2DModel"],
     }
-    folder = pathlib.Path(folder)
+    folder = local_path(folder, "folder", "folder")
     _write_json(folder / "model_index.json", index)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     _write_json(folder / "unet" / "config.json", config)

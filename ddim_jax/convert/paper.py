@@ -25,6 +25,7 @@ from ddim_jax.convert.tensors import (
     to_torch,
     torch_to_numpy,
 )
+from ddim_jax.paths import local_path
 from ddim_jax.unet import UNet, parameter_shapes
 
 Weights = Literal["ema", "raw"]
@@ -57,7 +58,7 @@ def load_paper_checkpoint(
     torch, which reads tensors only: nothing in the file is ever executed. Raises ValueError for a
     damaged or unsafe file, another form, weights that are not there or do not fit the model.
     """
-    path = pathlib.Path(path)
+    path = local_path(path, "path", "file")
     state_dict, taken = _select(read_torch(path), weights, path)
     with naming(path):
         params = paper_to_flax(torch_to_numpy(state_dict), model, image_size)

@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
+from ddim_jax.data.content import content_of
 from ddim_jax.data.source import ArraySource
 
 
@@ -39,10 +40,26 @@ def resize_and_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     return resized.crop((left, top, left + size, top + size))
 
 
+def is_transparent(image: PIL.Image.Image) -> bool:
+    """Whether the image has a channel or a colour of transparency."""
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+
+
+def over_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The RGB image as a page shows it: what is transparent hides its colour."""
+    page = PIL.Image.new("RGBA", image.size, "white")
+    return PIL.Image.alpha_composite(page, image.convert("RGBA")).convert("RGB")
+
+
 def pixels_of(image: PIL.Image.Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "H W C"]:
-    """The pixels of an image as `shape`: grey or RGB, and of another size resized and cropped."""
+    """The pixels of an image as `shape`: grey or RGB, and of another size resized and cropped.
+
+    What is transparent is laid over white.
+    """
     height, width, channels = shape
     mode = "L" if channels == 1 else "RGB"
+    if is_transparent(image):
+        image = over_white(image)
     if image.mode != mode:
         image = image.convert(mode)
     if image.size != (width, height):
@@ -60,4 +77,4 @@ def resized(source: ArraySource, size: int) -> ArraySource:
 
     channels_first = np.moveaxis(source.images, -1, 1)
     images = np.stack([np.stack([*map(resize, image)], axis=-1) for image in channels_first])
-    return dataclasses.replace(source, images=images)
+    return dataclasses.replace(source, images=images, content=content_of(source))

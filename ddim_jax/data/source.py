@@ -49,6 +49,8 @@ class ArraySource:
     labels: np.ndarray | None = None
     name: str = "array"
     num_classes: int | None = None
+    content: str | None = None
+    """See `content_of`; None for a hash of the arrays."""
 
     def __post_init__(self):  # noqa: D105
         images, labels = self.images, self.labels
@@ -119,7 +121,8 @@ def decoded(source: ImageSource) -> ArraySource:
     with decoding_threads() as pool:
         for _ in pool.map(decode, spans):
             pass  # an error of a thread is raised here
-    return ArraySource(images, labels, source.name, source.num_classes)
+    content = getattr(source, "content", None)
+    return ArraySource(images, labels, source.name, source.num_classes, content)
 
 
 def decoding_threads() -> concurrent.futures.ThreadPoolExecutor:

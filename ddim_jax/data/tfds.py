@@ -8,7 +8,6 @@ import functools
 import importlib
 import io
 import os
-import pathlib
 import re
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from ddim_jax.data.images import opened, pixels_of
 from ddim_jax.data.source import Example, check_split, import_extra, make_example
+from ddim_jax.paths import local_path
 
 CELEB_A_CROP = (25, 57, 153, 185)  # left, top, right, bottom: the paper's 128x128 of 178x218
 DEFAULT_SIZES = {"celeb_a": 64, "lsun": 256}
@@ -30,6 +30,10 @@ class RecordSource:
     image_shape: tuple[int, int, int]
     num_classes: int | None
     crop: tuple[int, int, int, int] | None = None  # left, top, right, bottom
+    content: str | None = None
+    """See `content_of`."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about what became of the images."""
 
     def __len__(self) -> int:  # noqa: D105
         return len(self.records)
@@ -58,11 +62,10 @@ def tfds_set(
     """A TFDS set prepared as array_record, read without TensorFlow.
 
     celeb_a has the paper's crop, and 64 for its size if none is given; lsun has 256. Other sets
-    keep their size, or are squares of `image_size`; see `images.resize_and_crop`.
+    keep their size, or are squares of `image_size`; see `images.resize_and_crop`. What is
+    transparent is laid over white.
     """
-    tfds = import_extra("tensorflow_datasets", f"for the data set {name!r}")
-    data_dir = None if data_dir is None else str(pathlib.Path(data_dir).expanduser())
-    builder = _prepared_builder(tfds, name, data_dir)
+    tfds, builder, folder = _opened_builder(name, data_dir)
     features = dict(builder.info.features)
     image: Any = features.get("image")
     if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
@@ -70,21 +73,38 @@ def tfds_set(
             f'{name} must have a feature "image" of uint8 images; it has {features}. '
             "Write what you need of it to a folder or .npz of images."
         )
-    records = _records(builder, name, split, data_dir)
+    records = _records(builder, name, split, folder)
     height, width, channels = image.shape
+    transparent = channels == 4
     size = DEFAULT_SIZES.get(builder.name) if image_size is None else image_size
     if size is not None:
         height = width = size
     elif height is None or width is None:
         raise ValueError(f"{name} has images of several sizes; give image_size, such as 64.")
     label: Any = features.get("label")
+    full_name = f"{builder.info.full_name}:{split}"
     return RecordSource(
         records,
-        name=f"{builder.info.full_name}:{split}",
-        image_shape=(height, width, channels),
+        name=full_name,
+        image_shape=(height, width, 3 if transparent else channels),
         num_classes=label.num_classes if isinstance(label, tfds.features.ClassLabel) else None,
         crop=CELEB_A_CROP if builder.name == "celeb_a" else None,
+        content=f"tfds {full_name} of {len(records)}",
+        notes=("images with transparency are laid over white",) if transparent else (),
     )
+
+
+def tfds_splits(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
+    """The splits of a prepared TFDS set that hold images."""
+    splits = _opened_builder(name, data_dir)[1].info.splits
+    return tuple(split for split in splits if splits[split].num_examples > 0)
+
+
+def _opened_builder(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[Any, Any, Any]:
+    """TFDS, its builder of the set, and the folder as TFDS takes it."""
+    tfds = import_extra("tensorflow_datasets", f"for the data set {name!r}")
+    folder = None if data_dir is None else str(local_path(data_dir, "data_dir", "folder"))
+    return tfds, _prepared_builder(tfds, name, folder), folder
 
 
 def _prepared_builder(tfds: Any, name: str, data_dir: str | None) -> Any:
@@ -94,7 +114,8 @@ def _prepared_builder(tfds: Any, name: str, data_dir: str | None) -> Any:
     except (ValueError, AssertionError) as error:  # not found; a version that is not offered
         near = difflib.get_close_matches(name, ["digits", *_tfds_names(tfds, name)])
         raise ValueError(
-            f"name must be digits, a .npz file, a folder of images or a TFDS name; got {name!r}"
+            "name must be digits, a .npz or .npy file, a folder of images or a TFDS name; got "
+            f"{name!r}"
             + (
                 f", perhaps you meant {' or '.join(near)}."
                 if near

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -30,6 +29,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from ddim_jax.data.pixels import to_model_range
 from ddim_jax.files import write_whole
 from ddim_jax.hashing import content_hash
+from ddim_jax.paths import local_path
 from ddim_jax.types import PRNGKey
 
 Images: TypeAlias = UInt8[Array, "B H W C"] | UInt8[np.ndarray, "B H W C"]
@@ -128,7 +128,7 @@ def save_classifier(
         "metadata": dict(metadata),
     }
     tensors: dict[Any, Any] = traverse_util.flatten_dict(jax.tree.map(np.asarray, params), sep="/")
-    write_whole(path, save(tensors, {_HEADER: json.dumps(header)}))
+    write_whole(local_path(path, "path", "file"), save(tensors, {_HEADER: json.dumps(header)}))
     return header["content_hash"]
 
 
@@ -136,7 +136,7 @@ def load_classifier(path: str | os.PathLike) -> TrainedClassifier:
     """What `save_classifier` wrote. Raises ValueError on other files and on altered weights."""
     from safetensors import SafetensorError, safe_open
 
-    path = pathlib.Path(path)
+    path = local_path(path, "path", "file")
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is not a file; train a classifier and write it with save_classifier."

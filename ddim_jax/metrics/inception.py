@@ -36,6 +36,7 @@ from ddim_jax.metrics.inception_weights import (
     fetch_weights,
     manual_steps,
 )
+from ddim_jax.paths import local_path
 
 InceptionParams: TypeAlias = dict[str, Any]
 """Nested by the names of the weight file: params["Mixed_5b"]["branch1x1"]["kernel"]."""
@@ -220,7 +221,7 @@ def load_inception(path: str | os.PathLike | None = None) -> InceptionParams:
     network's names and shapes. A .pth is read by torch (extra `convert`). Raises FileNotFoundError
     without a file and ValueError on a damaged one or another network's.
     """
-    path = fetch_weights() if path is None else pathlib.Path(path)
+    path = fetch_weights() if path is None else local_path(path, "weights", "file")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file. {manual_steps(cache_dir())}")
     if path.name == WEIGHTS_FILE:

@@ -10,6 +10,8 @@ import shutil
 import tempfile
 import urllib.request
 
+from ddim_jax.paths import local_path
+
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 WEIGHTS_URL = (
@@ -22,8 +24,8 @@ logger = logging.getLogger(__name__)
 def cache_dir() -> pathlib.Path:
     """Where fetched files are kept: $DDIM_JAX_CACHE, else the user's cache folder."""
     if folder := os.environ.get("DDIM_JAX_CACHE"):
-        return pathlib.Path(folder)
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ddim_jax"
+        return local_path(folder, "DDIM_JAX_CACHE", "folder")
+    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "ddim_jax"
 
 
 def fetch_weights(

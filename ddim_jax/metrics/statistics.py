@@ -52,6 +52,7 @@ from ddim_jax.metrics.metric import (
     state_to_arrays,
     update_states,
 )
+from ddim_jax.paths import local_path
 
 FORMAT = 2
 """Of the files written; 1 had no format number and the moments alone."""
@@ -239,7 +240,7 @@ def load_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
     The latter are taken to be of Inception features. Raises FileNotFoundError without a file, and
     ValueError on another kind of file or when the arrays are not those its metadata name.
     """
-    path = pathlib.Path(path)
+    path = local_path(path, "stats", "file")
     arrays = _read_arrays(path)
     mean, cov = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
     if mean.ndim != 1 or cov.shape != 2 * mean.shape:

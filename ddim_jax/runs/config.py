@@ -7,6 +7,7 @@ from typing import Any
 
 from ddim_jax.codec import CODECS, PIXELS, Codec
 from ddim_jax.objectives import DENOISING, OBJECTIVES, Objective
+from ddim_jax.paths import DataName, Folder
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.runs.spec import (
     CIFAR10_MODEL,
@@ -23,11 +24,12 @@ from ddim_jax.schedule import Spacing
 class TrainConfig:
     """One training run; every field is a command-line option."""
 
-    workdir: str = option("", may_change=True)
+    workdir: Folder = option("", may_change=True)
     """Where checkpoints, samples, logs and config.json go. A run found there is resumed."""
-    data: str = "cifar10"
-    """digits, a TFDS name, a folder of images, or a .npz file of uint8 images."""
-    data_dir: str | None = option(None, may_change=True)
+    data: DataName = "cifar10"
+    """digits, a TFDS name, a folder of images, or a .npz or .npy file of uint8 images. A resumed
+    run may spell it otherwise: its images must be the same."""
+    data_dir: Folder | None = option(None, may_change=True)
     """Where TFDS sets stand; its own default if not given."""
     split: str = "train"
     """Which part of the data to train on; TFDS slices such as train[:1000] work."""
@@ -59,7 +61,7 @@ class TrainConfig:
     """Largest global norm of the gradient."""
     ema_decay: float = option(0.9999, at_least=0, below=1)
     """Decay of the averaged weights; warmed up over the first updates."""
-    init_from: str | None = None
+    init_from: Folder | None = None
     """Start from the weights of this workdir, trained or converted, instead of random ones; the
     average then goes on from its average, without a warm-up."""
 

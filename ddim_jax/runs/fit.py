@@ -15,6 +15,7 @@ import optax
 
 from ddim_jax import parallel
 from ddim_jax.checkpoint import Checkpointer
+from ddim_jax.data.content import content_of
 from ddim_jax.data.load import load_images
 from ddim_jax.data.source import ImageSource
 from ddim_jax.data.stream import batches, prefetch_to_device
@@ -22,9 +23,11 @@ from ddim_jax.files import only_one_process
 from ddim_jax.hashing import content_hash
 from ddim_jax.keys import seed_key
 from ddim_jax.objectives import Frozen, LossFn, Setup
+from ddim_jax.paths import local_path
 from ddim_jax.runs.config import TrainConfig
 from ddim_jax.runs.draw import DrawInputs, draw_images, image_program
 from ddim_jax.runs.folder import (
+    DATA_CONTENT,
     checkpoints,
     has_checkpoints,
     load_codec_params,
@@ -35,6 +38,7 @@ from ddim_jax.runs.folder import (
 )
 from ddim_jax.runs.load import load_weights
 from ddim_jax.runs.log import Log, Watcher
+from ddim_jax.runs.options import with_local_paths
 from ddim_jax.runs.spec import ROUNDING, ModelConfig, RunParams, RunSpec
 from ddim_jax.train import TrainState, adam_with_warmup, init_train_state
 
@@ -67,6 +71,7 @@ def fit(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> None:
     """
     started = time.monotonic()
     config.check()
+    config = with_local_paths(config)
     if config.distributed:
         parallel.initialize_distributed(config.coordinator, config.num_processes, config.process_id)
         if config.max_seconds is not None and jax.process_count() > 1:
@@ -97,7 +102,7 @@ def fit(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> None:
 
 
 def _job(config: TrainConfig) -> _Job:
-    workdir = pathlib.Path(config.workdir).expanduser()
+    workdir = local_path(config.workdir, "workdir", "folder")
     source = load_images(
         config.data, split=config.split, data_dir=config.data_dir, image_size=config.image_size
     )
@@ -195,6 +200,7 @@ def _described(job: _Job) -> dict[str, Any]:
     facts = {
         "image_shape": job.spec.image_shape,
         "num_images": len(job.source),
+        DATA_CONTENT: content_of(job.source),
         "rounding": ROUNDING,
     }
     if job.spec.num_classes is not None:

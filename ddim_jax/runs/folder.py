@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +28,7 @@ from ddim_jax.codec import CODECS
 from ddim_jax.files import differences, read_json, read_npz, write_whole
 from ddim_jax.hashing import content_hash
 from ddim_jax.objectives import OBJECTIVES
+from ddim_jax.paths import expanded, local_path
 from ddim_jax.runs.config import TrainConfig
 from ddim_jax.runs.options import defaults, may_change
 from ddim_jax.runs.spec import RunSpec, described, spec_from
@@ -37,6 +39,9 @@ RECORDED = frozenset({"rounding", "format", "init_from_hash", "versions", "uncon
     for name in ("taken", "file", "set", "scheduler", "not_obeyed")  # the weights have a hash
 }
 """Written for the reader, or known from what is compared, and not compared."""
+DATA_CONTENT = "data_content"
+"""What the images are, as `content_of` says; absent from what older versions wrote."""
+ALL_DIGITS = 1797
 
 
 def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
 
     Raises ValueError where there is none, where it is damaged, and for a format of the future.
     """
-    path = pathlib.Path(workdir).expanduser() / "config.json"
+    path = local_path(workdir, "workdir", "folder") / "config.json"
     if not path.is_file():
         raise ValueError(
             f"workdir {workdir} has no config.json, so it is not a trained or converted model; "
@@ -56,7 +61,15 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
             f"{path} must be of format 1 or {FORMAT}, which this version reads; got {found!r}. Use "
             "the version that wrote it, or a newer one."
         )
-    return config if found == FORMAT else _from_format_1(config)
+    return _digits_as_then(config if found == FORMAT else _from_format_1(config))
+
+
+def _digits_as_then(config: dict[str, Any]) -> dict[str, Any]:
+    """The digits' "train" was all of them when nothing was written about their content."""
+    then = ("digits", "train", ALL_DIGITS)
+    if DATA_CONTENT in config or tuple(map(config.get, ("data", "split", "num_images"))) != then:
+        return config
+    return config | {"split": "all"}
 
 
 def _from_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +87,7 @@ def write_config(workdir: str | pathlib.Path, config: Mapping[str, Any]) -> None
 
     A run that saved nothing binds nobody.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = local_path(workdir, "workdir", "folder")
     path = workdir / "config.json"
     wanted = json.loads(json.dumps({"format": FORMAT, **config}))  # tuples become lists, as there
     if has_checkpoints(workdir) and path.exists():
@@ -96,12 +109,48 @@ def _check_same_run(workdir: pathlib.Path, there: dict[str, Any], wanted: dict[s
     if origin is not None and "weights_hash" not in origin:
         origin["weights_hash"] = _converted_hash(workdir, there)
     ignored = may_change(TrainConfig) | RECORDED
-    differ = differences(_merged(then, there), _merged(then, wanted), ignored)
-    if differ:
+    there, wanted = _paths_alike(there, wanted)
+    if differ := differences(_merged(then, there), _merged(then, wanted), ignored):
         raise ValueError(
             f"workdir {workdir} holds a run of another configuration: {'; '.join(differ)}. "
-            "Give the same settings to resume it, or another workdir."
+            f"Give the same settings to resume it, or another workdir.{_about_data(there, wanted)}"
         )
+
+
+def _paths_alike(there: dict[str, Any], wanted: dict[str, Any]) -> tuple[dict, dict]:
+    """Both, with one spelling for what is one place, and data compared by content if it can be."""
+    if there.get(DATA_CONTENT) is None or wanted.get(DATA_CONTENT) is None:
+        names, dropped = ("data", "init_from"), {DATA_CONTENT}
+    else:
+        names, dropped = ("init_from",), {"data"}
+    there, wanted = ({k: v for k, v in x.items() if k not in dropped} for x in (there, wanted))
+    for name in names:
+        if name in wanted and same_place(there.get(name), wanted[name]):
+            there[name] = wanted[name]
+    return there, wanted
+
+
+def same_place(one: str | None, other: str | None) -> bool:
+    """Whether two names are one, or two paths of one place, spelt otherwise or by a link."""
+    if not one or not other:
+        return one == other
+    real = [os.path.realpath(expanded(name)) for name in (one, other)]
+    return real[0] == real[1]
+
+
+def _about_data(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What to say beside the differences where the images are others."""
+    if wanted.get("data") == "digits" and (there.get("split"), wanted["split"]) == ("all", "train"):
+        return (
+            ' The digits\' "train" was all 1797 of them in the version that trained it, which is '
+            'the split "all" now.'
+        )
+    if there.get(DATA_CONTENT) != wanted.get(DATA_CONTENT):
+        return (
+            " Its images were others: they are compared by what they are, names, sizes and bytes, "
+            "not by where they stand."
+        )
+    return ""
 
 
 def _converted_hash(workdir: pathlib.Path, config: Mapping[str, Any]) -> str:
@@ -135,13 +184,13 @@ def _merged(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
 
 def has_checkpoints(workdir: str | pathlib.Path) -> bool:
     """Whether a run saved anything there. Not asked of orbax, which waits for the other hosts."""
-    folders = (pathlib.Path(workdir) / "checkpoints").glob("*")
+    folders = (local_path(workdir, "workdir") / "checkpoints").glob("*")
     return any(folder.name.isdecimal() for folder in folders)
 
 
 def checkpoints(workdir: str | pathlib.Path, keep: int = 3) -> Checkpointer:
     """The checkpoints of a workdir."""
-    return Checkpointer(pathlib.Path(workdir) / "checkpoints", keep=keep)
+    return Checkpointer(local_path(workdir, "workdir") / "checkpoints", keep=keep)
 
 
 def load_spec(workdir: str | pathlib.Path) -> RunSpec:
@@ -162,12 +211,12 @@ def save_codec_params(workdir: str | pathlib.Path, params: Any) -> None:
     if arrays:
         file = io.BytesIO()
         np.savez(file, **arrays)
-        write_whole(pathlib.Path(workdir) / "codec.npz", file.getvalue())
+        write_whole(local_path(workdir, "workdir") / "codec.npz", file.getvalue())
 
 
 def load_codec_params(workdir: str | pathlib.Path) -> Any:
     """What `save_codec_params` kept; {} where it kept nothing."""
-    path = pathlib.Path(workdir).expanduser() / "codec.npz"
+    path = local_path(workdir, "workdir") / "codec.npz"
     return (
         traverse_util.unflatten_dict(read_npz(path, "the weights of a codec"), sep="/")
         if path.exists()

@@ -164,7 +164,7 @@ def load_weights(
 ) -> tuple[Any, int]:
     """The network's weights in a workdir, which are to fit `spec`, and the step they are of."""
     name = "ema_params" if weights == "ema" else "params"
-    with checkpoints(pathlib.Path(workdir).expanduser()) as checkpointer:
+    with checkpoints(workdir) as checkpointer:
         params = checkpointer.restore({name: spec.parameter_shapes()}, step, partial=True)[name]
         step = checkpointer.latest_step() if step is None else step
     return params, step or 0

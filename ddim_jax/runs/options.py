@@ -6,8 +6,13 @@ Such a dataclass is what a command line shows and what config.json holds.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
+
+from ddim_jax.paths import PathOption, expanded, local_path
+
+Config = TypeVar("Config")
 
 
 def option(
@@ -58,6 +63,46 @@ def _broken_rules(value: Any, limits: Any) -> Iterator[str]:
         yield f"above {above}"
     if below == float("inf") and above is not None:
         yield "finite"
+
+
+def path_options(config_type: type) -> dict[str, PathOption]:
+    """The fields that are paths, or tuples of them, by the types of `ddim_jax.paths`."""
+    hints = typing.get_type_hints(config_type, include_extras=True)
+    fields = {field.name for field in dataclasses.fields(config_type)}
+    found = {name: _path_option(hint) for name, hint in hints.items() if name in fields}
+    return {name: kind for name, kind in found.items() if kind is not None}
+
+
+def _path_option(hint: Any) -> PathOption | None:
+    parts = (*getattr(hint, "__metadata__", ()), *typing.get_args(hint))
+    inside = (part if isinstance(part, PathOption) else _path_option(part) for part in parts)
+    return next((kind for kind in inside if kind is not None), None)
+
+
+def with_local_paths(config: Config) -> Config:
+    """The same settings with every path expanded, those of a dataclass in it too.
+
+    Raises ValueError for a path that `local_path` refuses, by the name of its field.
+    """
+    kinds, changes = path_options(type(config)), {}
+    for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
+        value = new = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            new = with_local_paths(value)
+        elif field.name in kinds:
+            new = _through_the_door(value, field.name, kinds[field.name])
+        if new != value:
+            changes[field.name] = new
+    return dataclasses.replace(config, **changes) if changes else config  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def _through_the_door(value: Any, name: str, option: PathOption) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_through_the_door(item, name, option) for item in value)
+    if not isinstance(value, str):
+        return value
+    local_path(value, name, option.kind)  # for its checks
+    return expanded(value, name)  # as it is spelt: pathlib would drop what a name may end in
 
 
 def may_change(config_type: type) -> frozenset[str]:

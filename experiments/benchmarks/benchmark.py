@@ -35,6 +35,7 @@ from common import cli
 
 from ddim_jax import parallel, train
 from ddim_jax.objectives import Denoising, Setup
+from ddim_jax.paths import File
 from ddim_jax.runs import ModelConfig
 from ddim_jax.samplers import sample
 from ddim_jax.schedule import ddim_timesteps, linear_schedule
@@ -69,7 +70,7 @@ class BenchmarkConfig:
     """Side of the matrix product that is taken as the device's peak."""
     num_turns: int = 5
     """Timed turns; each runs everything once."""
-    out: str | None = None
+    out: File | None = None
     """A JSON file for the table, with device, versions and command."""
 
 

@@ -30,6 +30,7 @@ from ddim_jax.data.source import ImageSource
 from ddim_jax.data.stream import batches as shuffled_batches
 from ddim_jax.data.stream import prefetch_to_device
 from ddim_jax.objectives import Denoising, Setup
+from ddim_jax.paths import DataName, Folder
 from ddim_jax.runs import ModelConfig
 from ddim_jax.schedule import linear_schedule
 
@@ -42,9 +43,9 @@ SMALL = ModelConfig(channels=8, channel_mults=(1, 2), num_res_blocks=1, norm_gro
 class BenchmarkConfig:
     """What is measured; the defaults are CIFAR-10 and a network small enough for a CPU."""
 
-    data: str = "cifar10"
+    data: DataName = "cifar10"
     """digits, a TFDS name, a folder of images, or a .npz file of uint8 images."""
-    data_dir: str | None = None
+    data_dir: Folder | None = None
     """Where TFDS sets stand; its own default if not given."""
     image_size: int | None = None
     """Resize and crop images to this side; without it all must have one size."""

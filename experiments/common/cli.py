@@ -11,6 +11,8 @@ from typing import NoReturn, TypeVar
 import jax
 import tyro
 
+from ddim_jax.runs.options import with_local_paths
+
 Config = TypeVar("Config")
 
 
@@ -21,8 +23,9 @@ def run(
 ) -> None:
     """Parse the command line into `config_type`, or a preset of it, and call `main` with it.
 
-    Wrong settings, a missing extra or file end with one line on stderr and exit code 2, a run that
-    diverged with exit code 1. DDIM_JAX_TRACEBACK=1 shows where it came from.
+    Every path has its `~` expanded. Wrong settings, a missing extra or file end with one line on
+    stderr and exit code 2, a run that diverged with exit code 1. DDIM_JAX_TRACEBACK=1 shows where
+    it came from.
     """
     if presets is None:
         config = tyro.cli(config_type)
@@ -30,7 +33,7 @@ def run(
         config = tyro.extras.overridable_config_cli(presets)
     _keep_compiled_programs()
     try:
-        main(config)
+        main(with_local_paths(config))
     except (ValueError, OverflowError, ImportError, OSError) as error:
         _stop(error, 2)
     except FloatingPointError as error:

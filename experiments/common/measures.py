@@ -25,6 +25,7 @@ from ddim_jax.metrics.metric import (
 from ddim_jax.metrics.statistics import FeatureStatistics, load_statistics
 from ddim_jax.metrics.table import METRICS, named_metrics
 from ddim_jax.parallel import everywhere, map_batches, over_devices
+from ddim_jax.paths import File
 from ddim_jax.runs.options import option
 
 CLASSIFIER_FILE = "classifier.safetensors"
@@ -41,7 +42,7 @@ class MetricOptions:
     ] = ("frechet",)
     kept_features: int = option(NUM_KEPT, at_least=2)
     """Images whose features are kept for the metrics that need single ones."""
-    feature_weights: str | None = None
+    feature_weights: File | None = None
     """Weights of the feature network; if not given classifier.safetensors beside the statistics, or
     Inception's published ones."""
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ddim_jax.paths import DataName, Folder
 from ddim_jax.runs import Run, Weights, load_trained
 from ddim_jax.runs.options import option
 from ddim_jax.schedule import Spacing
@@ -20,7 +21,7 @@ from ddim_jax.solvers import SAMPLERS
 class ModelOptions:
     """Which model, and which of its weights."""
 
-    workdir: str
+    workdir: Folder
     """The model: a folder that train.py or convert.py wrote."""
     weights: Weights = "ema"
     """The averaged weights, or the raw ones."""
@@ -75,7 +76,7 @@ class DataOptions:
 
     split: str = "train"
     """Which part of the data; TFDS slices such as train[:1000] work."""
-    data_dir: str | None = None
+    data_dir: Folder | None = None
     """Where TFDS sets stand; its own default if not given."""
     image_size: int | None = option(None, at_least=1)
     """Resize and crop images to this side; without it all must have one size."""
@@ -85,9 +86,10 @@ class DataOptions:
 class RealImageOptions:
     """Real images for a model."""
 
-    data: str | None = None
-    """digits, a TFDS name, a folder or a .npz file; the model's training data if not given."""
-    split: str = "test"
-    """Which part of the data."""
-    data_dir: str | None = None
+    data: DataName | None = None
+    """digits, a TFDS name, a folder, or a .npz or .npy file; what the model was trained on if not
+    given."""
+    split: str | None = None
+    """Which part of the data; if not given one held out from training, where there is one."""
+    data_dir: Folder | None = None
     """Where TFDS sets stand."""

@@ -130,6 +130,8 @@ def find_settings(
         wanted = sweep_format_1.comparable(wanted, run)
     wanted = {**wanted, "batch_size": batch_size or there.get("batch_size")}
     ignored = {"format", "fingerprint_id", "spacing"}
+    # Where those images stood is not what decides: their statistics' hash is compared.
+    ignored |= {f"measures.{column}.statistics_of" for column in wanted["measures"]}
     if differ := differences(there, json.loads(json.dumps(wanted)), ignored):
         raise ValueError(
             f"out {out} holds another sweep: {'; '.join(differ)}. Give the same settings to "
