@@ -11,7 +11,7 @@ import pathlib
 import secrets
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,12 +26,19 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
 
     When writing fails nothing new stays in the folder; a kill may leave a `.new` file beside it.
     """
+    with written_whole(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """The same for content that comes piece by piece: a file to write it to."""
     path = local_path(path)
     # A name of its own, for two processes may write the same file.
     new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
         with new.open("xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)

@@ -13,8 +13,8 @@ import tyro
 from common import cli
 from common.measures import Measure, MetricOptions, gather, open_measures
 from common.options import DataOptions
+from common.sample_set import open_images
 
-from ddim_jax.data.load import load_images
 from ddim_jax.metrics.metric import Metric, State, column_name
 from ddim_jax.paths import DataName, File
 from ddim_jax.runs.options import check_limits, option
@@ -25,7 +25,8 @@ class FidConfig(MetricOptions, DataOptions):
     """One set of images, a line for each metric; called FID only with Inception features."""
 
     images: Annotated[DataName, tyro.conf.Positional]
-    """A folder of images or a .npz of uint8 (N, H, W, C); the name of a data set works too."""
+    """A folder of images or a .npz of uint8 (N, H, W, C); the name of a data set works too. Of what
+    sample.py wrote all images are measured, and those that are not complete are refused."""
     stats: File
     """What make_statistics.py wrote, or the .npz that pytorch-fid and TTUR publish."""
     batch_size: int = option(256, at_least=1)
@@ -35,15 +36,13 @@ class FidConfig(MetricOptions, DataOptions):
 def main(config: FidConfig) -> None:
     """Print the numbers with their protocol."""
     check_limits(config)
-    source = load_images(
-        config.images, split=config.split, data_dir=config.data_dir, image_size=config.image_size
-    )
+    source, images = open_images(config.images, config)
     (measure,) = open_measures([config.stats], config, source.image_shape)
     states = gather(
         measure.network, measure.metrics, source, config.batch_size, config.kept_features
     )
     for metric in measure.metrics:
-        print(_line(measure, metric, states, f"N = {len(source)} images of {config.images}"))
+        print(_line(measure, metric, states, f"N = {images}"))
         if warning := measure.warning(metric, states):
             print(f"warning: {warning}")
 

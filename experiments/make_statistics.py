@@ -17,8 +17,8 @@ import tyro
 from common import cli
 from common.measures import MetricOptions, gather, open_network
 from common.options import DataOptions
+from common.sample_set import open_images
 
-from ddim_jax.data.load import load_images
 from ddim_jax.metrics.features import FEATURE_NETWORKS
 from ddim_jax.metrics.frechet import MOMENTS, frechet_metric
 from ddim_jax.metrics.statistics import save_statistics, statistics_of
@@ -49,9 +49,7 @@ def main(config: StatisticsConfig) -> None:
     check_limits(config)
     metrics = [metric for metric in config.named_metrics() if metric.needs_reference]
     network = open_network(config.features, config.feature_weights, config.out)
-    source = load_images(
-        config.data, split=config.split, data_dir=config.data_dir, image_size=config.image_size
-    )
+    source, images = open_images(config.data, config)
     recipe = {
         "name": source.name,
         "split": config.split,
@@ -66,8 +64,8 @@ def main(config: StatisticsConfig) -> None:
     pathlib.Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     save_statistics(config.out, statistics)
     print(
-        f"{config.features} statistics {statistics.content_hash[:12]} of {statistics.num_samples} "
-        f"images of {source.name} ({config.split}) in {config.out}: {len(statistics.mean)} "
+        f"{config.features} statistics {statistics.content_hash[:12]} of {images} "
+        f"({config.split}) in {config.out}: {len(statistics.mean)} "
         f"features, {', '.join([MOMENTS, *statistics.states])}, network "
         f"{network.content_hash[:12]}, {seconds:.1f} s on {jax.local_device_count()} "
         f"{jax.default_backend()} device(s)"

@@ -1,6 +1,9 @@
 """Draw images from a trained or converted model.
 
 python experiments/sample.py --workdir runs/digits --num-sample-steps 50 --out out/samples
+
+Images are written as they are drawn, image i from (seed, i) alone. A call that was killed, made
+again, goes on from there to the same files, and one with a larger --num-images adds to them.
 """
 
 from __future__ import annotations
@@ -8,17 +11,28 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
 from common import cli, pictures
+from common.exact import exact
 from common.options import DrawOptions, ModelOptions, SamplerOptions, StepsOptions
+from common.sample_set import RECORD, SampleSet, open_to_draw
 
+from ddim_jax.files import only_one_process
 from ddim_jax.keys import seed_key
+from ddim_jax.parallel import map_batches
 from ddim_jax.paths import Folder
-from ddim_jax.runs import DrawInputs, draw_images, image_program
+from ddim_jax.runs import DrawInputs, Run, checked_images, image_program
+from ddim_jax.runs.draw import ImageProgram
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.samplers import Sampler
 from ddim_jax.solvers import named_sampler
+
+GRID_IMAGES = 256
+"""So many of the images are in grid.png."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,9 +40,10 @@ class SampleConfig(DrawOptions, SamplerOptions, StepsOptions, ModelOptions):
     """Images from one model with one setting of the sampler."""
 
     out: Folder
-    """Where the images go: grid.png and one PNG for each image."""
+    """Where the images go: one PNG for each, grid.png, and samples.json, which says what they are.
+    The same command goes on with a set found there; of other settings it is refused."""
     num_images: int = option(64, at_least=1)
-    """How many images."""
+    """How many images; of a set that is there, as many or more."""
     sigma_hat: bool = False
     """The same as --sampler sigma_hat: DDPM's larger variance (appendix D.3)."""
     label: int | None = None
@@ -40,9 +55,9 @@ class SampleConfig(DrawOptions, SamplerOptions, StepsOptions, ModelOptions):
 
 
 def main(config: SampleConfig) -> None:
-    """Draw the images and write them."""
+    """Draw the images that are missing, and write each batch of them."""
     check_limits(config)
-    rule, sampler = _sampler(config)
+    name, rule, sampler = _sampler(config)
     run = config.load()
     timesteps = run.spec.timesteps(config.num_sample_steps, config.spacing)
     program = image_program(
@@ -53,26 +68,78 @@ def main(config: SampleConfig) -> None:
         guidance_scale=config.guidance_scale,
     )
     out = pathlib.Path(config.out)
-    _check_out(out, config.num_images)
-    started = time.monotonic()
-    inputs = DrawInputs(run.params, seed_key(config.seed))
-    images = draw_images(program, inputs, config.num_images, config.batch_size)
+    with only_one_process(out):
+        started = time.monotonic()
+        samples = open_to_draw(
+            out / RECORD, out / "images", _settings(config, name, run), config.num_images
+        )
+        missing = samples.missing()
+        if not samples.complete:  # what shows them all would show fewer, or others
+            for product in (out / "grid.png", out / "samples.npz"):
+                product.unlink(missing_ok=True)
+        _draw(samples, program, DrawInputs(run.params, seed_key(config.seed)), missing)
+        _finish(config, samples, out)
     seconds = time.monotonic() - started
-
-    pictures.save_grid(out / "grid.png", images)
-    for i, image in enumerate(images):
-        pictures.save_png(out / "images" / f"{i:05d}.png", image)
-    if config.save_npz:
-        np.savez(out / "samples.npz", images=images)
+    kept = config.num_images - len(missing)
     print(
-        f"{len(images)} images in {out}: {config.weights} weights of step {run.step}, "
+        f"{config.num_images} images in {out}{f' ({kept} of them were there)' if kept else ''}: "
+        f"{config.weights} weights of step {run.step}, "
         f"S = {config.num_sample_steps} {config.spacing or run.spec.spacing}, {rule}, "
         f"seed {config.seed}, run {run.fingerprint_id}, {seconds:.1f} s with compilation"
     )
 
 
-def _sampler(config: SampleConfig) -> tuple[str, Sampler]:
-    """The sampler, and what to call it."""
+def _settings(config: SampleConfig, sampler: str, run: Run) -> dict[str, Any]:
+    """All that decides the images."""
+    return {
+        "seed": config.seed,
+        "num_sample_steps": config.num_sample_steps,
+        "spacing": config.spacing or run.spec.spacing,
+        "sampler": sampler,
+        "eta": config.eta if sampler == "ddim" else None,
+        "label": config.label,
+        "guidance_scale": config.guidance_scale,
+        "image_shape": run.spec.image_shape,
+        "batch_size": min(config.batch_size, config.num_images),
+        "fingerprint": run.fingerprint,
+        "fingerprint_id": run.fingerprint_id,
+    }
+
+
+def _draw(
+    samples: SampleSet, program: ImageProgram, inputs: DrawInputs, missing: Sequence[int]
+) -> None:
+    """Write the missing images, a batch at a time.
+
+    A batch is the same images in every call, though some of them are there: so that each call runs
+    the same program, to the same bits.
+    """
+    size = samples.content["batch_size"]
+    starts = sorted({index // size * size for index in missing})
+    batches = [np.arange(start, start + size) for start in starts]
+    absent = np.zeros(samples.num_images, bool)
+    absent[missing] = True
+    for indices, pixels in zip(batches, map_batches(program, inputs, batches), strict=True):
+        wanted = indices[indices < samples.num_images]
+        images = checked_images(jax.tree.map(lambda array: array[: len(wanted)], pixels))  # noqa: B023
+        samples.save(wanted[absent[wanted]], images[absent[wanted]])
+
+
+def _finish(config: SampleConfig, samples: SampleSet, out: pathlib.Path) -> None:
+    """What shows the images, from their files; then say that all is there."""
+    shown = min(samples.num_images, GRID_IMAGES)
+    if not (out / "grid.png").exists():
+        pictures.save_grid(out / "grid.png", np.stack([*samples.read(shown)]))
+    if shown < samples.num_images:
+        print(f"{out / 'grid.png'} shows the first {shown}")
+    if config.save_npz and not (out / "samples.npz").exists():
+        samples.save_npz(out / "samples.npz")
+    if not samples.complete:
+        samples.finished()
+
+
+def _sampler(config: SampleConfig) -> tuple[str, str, Sampler]:
+    """The sampler, its name in SAMPLERS, and what to call it."""
     name = config.sampler
     if config.sigma_hat:
         if name != "ddim" or config.eta != 0:
@@ -81,19 +148,8 @@ def _sampler(config: SampleConfig) -> tuple[str, Sampler]:
                 f"its own; got sampler {name}, eta {config.eta:g}."
             )
         name = "sigma_hat"
-    rule = f"eta {config.eta:g}" if name == "ddim" else name.replace("sigma_hat", "sigma-hat")
-    return rule, named_sampler(name, config.eta)
-
-
-def _check_out(out: pathlib.Path, num_images: int) -> None:
-    """Make the folder, unless images would be left in it that are not of this call."""
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    more = sum(int(path.stem) >= num_images for path in (out / "images").glob("[0-9]*.png"))
-    if more:
-        raise ValueError(
-            f"out {out} holds {more} images more than the {num_images} asked for, of an earlier "
-            "call; delete them or give another folder."
-        )
+    rule = f"eta {exact(config.eta)}" if name == "ddim" else name.replace("sigma_hat", "sigma-hat")
+    return name, rule, named_sampler(name, config.eta)
 
 
 if __name__ == "__main__":

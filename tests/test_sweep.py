@@ -159,17 +159,18 @@ def test_each_cell_is_the_distance_of_the_images_sample_py_draws(finished, stats
     rows = [(line["sampler"], line["eta"]) for line in lines(finished.out)]
     assert rows == [("ddim", 0.0), ("sigma_hat", None)]
     for line in lines(finished.out):
+        out = tmp_path / line["name"]
         sample.main(
             sample.SampleConfig(
                 workdir=finished.workdir,
-                out=str(tmp_path),
+                out=str(out),
                 num_images=21,
                 num_sample_steps=3,
                 sigma_hat=line["sampler"] == "sigma_hat",
                 save_npz=True,
             )
         )
-        with np.load(tmp_path / "samples.npz") as file:
+        with np.load(out / "samples.npz") as file:
             drawn = pixels(file["images"])
         want = frechet_distance(
             drawn.mean(axis=0), np.cov(drawn, rowvar=False), reference.mean, reference.cov
@@ -422,7 +423,9 @@ def fid_py(images, stats, capsys, *metrics: str) -> dict[str, float]:
     """The numbers that fid.py prints, by column."""
     capsys.readouterr()
     fid.main(fid.FidConfig(images=str(images), stats=str(stats), metrics=metrics))
-    found = re.findall(r"(\w+) (-?[\d.e-]+)(?:,|:)", capsys.readouterr().out)
+    # What they depend on, which has numbers too, stands after the first colon of a line.
+    numbers = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    found = re.findall(r"(\w+) (-?[\d.e-]+)(?:,|$)", "\n".join(numbers), re.MULTILINE)
     return {name: float(value) for name, value in found}
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
+
+from ddim_jax.files import write_whole
 
 
 def tile(
@@ -43,17 +47,23 @@ def enlarge(
 
 def save_png(path: pathlib.Path, picture: UInt8[np.ndarray, "H W C"]) -> None:
     """Write a grey (C = 1) or colour (C = 3) picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _to_pil(picture).save(path)
+    _save(path, _to_pil(picture), "PNG")
 
 
 def save_gif(
     path: pathlib.Path, frames: Sequence[UInt8[np.ndarray, "H W C"]], frame_ms: int
 ) -> None:
     """Write pictures of one size as an endless animation, `frame_ms` milliseconds each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     first, *others = map(_to_pil, frames)
-    first.save(path, save_all=True, append_images=others, duration=frame_ms, loop=0)
+    _save(path, first, "GIF", save_all=True, append_images=others, duration=frame_ms, loop=0)
+
+
+def _save(path: pathlib.Path, image: PIL.Image.Image, kind: str, **options: Any) -> None:
+    """Write the file, and its folder where there is none. A kill leaves no half of a picture."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, file.getvalue())
 
 
 def _to_pil(picture: UInt8[np.ndarray, "H W C"]) -> PIL.Image.Image:

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from common import sweep_format_1
+from common.exact import exact
 from common.measures import Measure
 from ddim_jax.files import differences, read_json, read_npz, write_whole
 from ddim_jax.metrics.metric import State, state_from_arrays, state_to_arrays
@@ -45,9 +46,9 @@ class Cell(NamedTuple):
     def name(self, plain_spacing: str) -> str:
         """What the cell's files are called; a spacing is named unless it is the plain one."""
         parts = [f"S{self.num_steps:04d}"]
-        parts.append(self.sampler if self.eta is None else f"eta_{_exact(self.eta)}")
+        parts.append(self.sampler if self.eta is None else f"eta_{exact(self.eta)}")
         if self.guidance_scale != 1:
-            parts.append(f"guidance_{_exact(self.guidance_scale)}")
+            parts.append(f"guidance_{exact(self.guidance_scale)}")
         if self.spacing != plain_spacing:
             parts.append(self.spacing)
         return "_".join(parts)
@@ -56,11 +57,6 @@ class Cell(NamedTuple):
         """Network evaluations behind one image."""
         calls = SAMPLERS[self.sampler]().network_calls(self.num_steps)
         return calls if self.guidance_scale == 1 else 2 * calls
-
-
-def _exact(number: float) -> str:
-    """As short as can be, and never the name of another number."""
-    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 class Progress(NamedTuple):
