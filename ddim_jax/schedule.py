@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from ddim_jax.numerics import take_or_nan
 from ddim_jax.types import Level, PRNGKey, Time, Timesteps, is_traced
 
 Spacing = Literal["uniform", "quadratic", "linspace", "trailing"]
+Table: TypeAlias = Float[Array, "T"] | Float[np.ndarray, "T"]
+"""NumPy's where it is known: a JAX array would belong to the mesh that was set when it was made."""
 
 
 @functools.partial(
@@ -39,8 +41,8 @@ class Schedule:
     `linear_schedule` and its siblings, which check their arguments.
     """
 
-    alphas_cumprod: Float[Array, "T"]  # strictly decreasing, inside (0, 1); the last may be 0
-    noise_variances: Float[Array, "T"] | None = None
+    alphas_cumprod: Table  # strictly decreasing, inside (0, 1); the last may be 0
+    noise_variances: Table | None = None
     """1 - alphas_cumprod, rounded by itself. None takes the difference of what is there: for tables
     that are learned, whose gradient must see one table, or given in float64."""
 
@@ -109,7 +111,7 @@ def _finite(log_snr: jax.Array) -> jax.Array:
     return jnp.clip(log_snr, -160.0, 160.0)
 
 
-def _look_up(table: Float[Array, "T"], t: Time, clean: float) -> Float[Array, "*index"]:
+def _look_up(table: Table, t: Time, clean: float) -> Float[Array, "*index"]:
     """table[t], `clean` at -1, NaN where the table has no such index."""
     t = _as_index(t)
     # A wrong index must show, but no right one: else jax_debug_nans would stop at clean data.
