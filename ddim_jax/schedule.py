@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ddim_jax.numerics import take_or_nan
+from ddim_jax.tables import take_or_nan
 from ddim_jax.types import Level, PRNGKey, Time, Timesteps, is_traced
 
 Spacing = Literal["uniform", "quadratic", "linspace", "trailing"]

@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ddim_jax.numerics import take_or_nan
+from ddim_jax.tables import take_or_nan
 from ddim_jax.types import Time
 
 DDPM_INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")

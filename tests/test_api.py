@@ -233,6 +233,7 @@ FLOORS = {
     "numerics": 1,
     "files": 1,
     "paths": 0,
+    "tables": 0,
     "hashing": 1,
     "schedule": 1,
     "keys": 1,
