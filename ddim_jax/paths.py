@@ -46,7 +46,7 @@ def expanded(path: str | os.PathLike[str], name: str = "path") -> str:
         raise ValueError(f"{name} must be a path; got ''. The folder you are in is '.'.")
     if match := _REMOTE.match(text):
         raise ValueError(
-            f"{name} must be a path of this machine; got {text}, and {match[0].rstrip('/')} paths "
+            f"{name} must be a path of this machine; got {text}, and {match[0]}/ paths "
             "are not supported yet. Mount the place (gcsfuse, s3fs), or copy what is there and "
             "give the copy's path."
         )
