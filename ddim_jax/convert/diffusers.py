@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from ddim_jax.convert.diffusers_files import (
@@ -190,11 +190,15 @@ def _download(repo_id: str) -> pathlib.Path:
     whole = [SAFETENSORS, *(SAFETENSORS.replace(".", f".{v}.", 1) for v in ("ema", "non_ema"))]
     shards = [f"{SAFETENSORS}.index.json", SAFETENSORS.replace(".", "-*-of-*.", 1)]
     variants = [SAFETENSORS.replace(".", ".*.", 1), f"{SAFETENSORS}.index.*.json"]
-    folder = pathlib.Path()
-    # One stage after another, so that half precision is not fetched beside full, say.
-    for names in ([*about, *whole, *shards], variants, [BIN]):
+
+    def fetched(names: Sequence[str]) -> pathlib.Path:
         places = [f"{place}{name}" for place in ("", "unet/", "unet_ema/") for name in names]
-        folder = pathlib.Path(fetch(allow_patterns=[*places, "scheduler/scheduler_config.json"]))
+        return local_path(fetch(allow_patterns=[*places, "scheduler/scheduler_config.json"]))
+
+    # One stage after another, so that half precision is not fetched beside full, say.
+    folder = fetched([*about, *whole, *shards])
+    for names in (variants, [BIN]):
         if any(folder.rglob("diffusion_pytorch_model*")):
             break
+        folder = fetched(names)
     return folder
