@@ -27,6 +27,7 @@ from ddim_jax.data.folder import FolderSource
 from ddim_jax.data.load import load_images
 from ddim_jax.data.source import ImageSource, decoding_threads
 from ddim_jax.files import differences, read_json, write_whole, written_whole
+from ddim_jax.paths import local_path
 
 FORMAT = 1
 RECORD = "samples.json"
@@ -163,7 +164,7 @@ def find(path: str | pathlib.Path) -> SampleSet | None:
     None for images without a samples.json. Raises ValueError for a set that is not complete, and
     where the files are others than it says.
     """
-    path = pathlib.Path(path).expanduser()
+    path = local_path(path, "path")
     folder = path.parent if path.suffix == ".npz" else path
     inside = folder / "images"
     found = _read(folder / RECORD, inside if inside.is_dir() else folder)
