@@ -5,78 +5,142 @@ runs and metrics are modules to import by name (`ddim_jax.unet`, `ddim_jax.runs`
 import loads neither flax, orbax, tensorflow nor matplotlib.
 """
 
-from ddim_jax.bound import BoundTerms as BoundTerms
-from ddim_jax.bound import fixed_large_sigmas as fixed_large_sigmas
-from ddim_jax.bound import process_sigmas as process_sigmas
-from ddim_jax.bound import variational_bound as variational_bound
-from ddim_jax.bound import variational_weights as variational_weights
-from ddim_jax.denoisers import PARAMETRIZATIONS as PARAMETRIZATIONS
-from ddim_jax.denoisers import Parametrization as Parametrization
-from ddim_jax.denoisers import clip_x0 as clip_x0
-from ddim_jax.denoisers import clip_x0_keep_eps as clip_x0_keep_eps
-from ddim_jax.denoisers import from_score as from_score
-from ddim_jax.denoisers import from_v as from_v
-from ddim_jax.denoisers import from_x0 as from_x0
-from ddim_jax.denoisers import guided as guided
-from ddim_jax.inversion import encode_fixed_point as encode_fixed_point
-from ddim_jax.keys import draw_noise as draw_noise
-from ddim_jax.keys import image_keys as image_keys
-from ddim_jax.keys import initial_noise as initial_noise
-from ddim_jax.keys import seed_key as seed_key
-from ddim_jax.latents import interpolation_grid as interpolation_grid
-from ddim_jax.latents import interpolation_line as interpolation_line
-from ddim_jax.latents import lerp as lerp
-from ddim_jax.latents import slerp as slerp
-from ddim_jax.losses import antithetic_timesteps as antithetic_timesteps
-from ddim_jax.losses import eps_loss as eps_loss
-from ddim_jax.losses import min_snr as min_snr
-from ddim_jax.losses import prediction_loss as prediction_loss
-from ddim_jax.ode import from_ode_coordinates as from_ode_coordinates
-from ddim_jax.ode import ode_field as ode_field
-from ddim_jax.ode import to_ode_coordinates as to_ode_coordinates
-from ddim_jax.predict import epsilon_to_score as epsilon_to_score
-from ddim_jax.predict import epsilon_to_v as epsilon_to_v
-from ddim_jax.predict import epsilon_to_x0 as epsilon_to_x0
-from ddim_jax.predict import score_to_epsilon as score_to_epsilon
-from ddim_jax.predict import score_to_v as score_to_v
-from ddim_jax.predict import score_to_x0 as score_to_x0
-from ddim_jax.predict import v_to_epsilon as v_to_epsilon
-from ddim_jax.predict import v_to_score as v_to_score
-from ddim_jax.predict import v_to_x0 as v_to_x0
-from ddim_jax.predict import velocity as velocity
-from ddim_jax.predict import x0_to_epsilon as x0_to_epsilon
-from ddim_jax.predict import x0_to_score as x0_to_score
-from ddim_jax.predict import x0_to_v as x0_to_v
-from ddim_jax.process import add_noise as add_noise
-from ddim_jax.process import ddpm_posterior as ddpm_posterior
-from ddim_jax.process import posterior_mean as posterior_mean
-from ddim_jax.samplers import Sampler as Sampler
-from ddim_jax.samplers import SamplerState as SamplerState
-from ddim_jax.samplers import ddim as ddim
-from ddim_jax.samplers import ddim_or_sigma_hat as ddim_or_sigma_hat
-from ddim_jax.samplers import ddpm as ddpm
-from ddim_jax.samplers import encode as encode
-from ddim_jax.samplers import sample as sample
-from ddim_jax.samplers import sample_trajectory as sample_trajectory
-from ddim_jax.samplers import sigma_hat as sigma_hat
-from ddim_jax.schedule import Schedule as Schedule
-from ddim_jax.schedule import cosine_schedule as cosine_schedule
-from ddim_jax.schedule import ddim_timesteps as ddim_timesteps
-from ddim_jax.schedule import linear_schedule as linear_schedule
-from ddim_jax.schedule import scaled_linear_schedule as scaled_linear_schedule
-from ddim_jax.schedule import schedule_from_betas as schedule_from_betas
-from ddim_jax.schedule import zero_terminal_snr as zero_terminal_snr
-from ddim_jax.solvers import SAMPLERS as SAMPLERS
-from ddim_jax.solvers import dpm_solver_pp_2m as dpm_solver_pp_2m
-from ddim_jax.solvers import heun as heun
-from ddim_jax.solvers import named_sampler as named_sampler
-from ddim_jax.solvers import probability_flow_euler as probability_flow_euler
-from ddim_jax.steps import ddim_sigma as ddim_sigma
-from ddim_jax.steps import ddim_sigma_hat as ddim_sigma_hat
-from ddim_jax.steps import ddim_step as ddim_step
-from ddim_jax.steps import ddpm_step as ddpm_step
-from ddim_jax.steps import sigma_hat_step as sigma_hat_step
-from ddim_jax.types import Denoiser as Denoiser
-from ddim_jax.types import EpsFn as EpsFn
-from ddim_jax.types import NoiseSchedule as NoiseSchedule
-from ddim_jax.types import Prediction as Prediction
+from ddim_jax.bound import (
+    BoundTerms,
+    fixed_large_sigmas,
+    process_sigmas,
+    variational_bound,
+    variational_weights,
+)
+from ddim_jax.denoisers import (
+    PARAMETRIZATIONS,
+    Parametrization,
+    clip_x0,
+    clip_x0_keep_eps,
+    from_score,
+    from_v,
+    from_x0,
+    guided,
+)
+from ddim_jax.inversion import encode_fixed_point
+from ddim_jax.keys import draw_noise, image_keys, initial_noise, seed_key
+from ddim_jax.latents import interpolation_grid, interpolation_line, lerp, slerp
+from ddim_jax.losses import antithetic_timesteps, eps_loss, min_snr, prediction_loss
+from ddim_jax.ode import from_ode_coordinates, ode_field, to_ode_coordinates
+from ddim_jax.predict import (
+    epsilon_to_score,
+    epsilon_to_v,
+    epsilon_to_x0,
+    score_to_epsilon,
+    score_to_v,
+    score_to_x0,
+    v_to_epsilon,
+    v_to_score,
+    v_to_x0,
+    velocity,
+    x0_to_epsilon,
+    x0_to_score,
+    x0_to_v,
+)
+from ddim_jax.process import add_noise, ddpm_posterior, posterior_mean
+from ddim_jax.samplers import (
+    Sampler,
+    SamplerState,
+    ddim,
+    ddim_or_sigma_hat,
+    ddpm,
+    encode,
+    sample,
+    sample_trajectory,
+    sigma_hat,
+)
+from ddim_jax.schedule import (
+    Schedule,
+    cosine_schedule,
+    ddim_timesteps,
+    linear_schedule,
+    scaled_linear_schedule,
+    schedule_from_betas,
+    zero_terminal_snr,
+)
+from ddim_jax.solvers import SAMPLERS, dpm_solver_pp_2m, heun, named_sampler, probability_flow_euler
+from ddim_jax.steps import ddim_sigma, ddim_sigma_hat, ddim_step, ddpm_step, sigma_hat_step
+from ddim_jax.types import Denoiser, EpsFn, NoiseSchedule, Prediction
+
+__all__ = [
+    "PARAMETRIZATIONS",
+    "SAMPLERS",
+    "BoundTerms",
+    "Denoiser",
+    "EpsFn",
+    "NoiseSchedule",
+    "Parametrization",
+    "Prediction",
+    "Sampler",
+    "SamplerState",
+    "Schedule",
+    "add_noise",
+    "antithetic_timesteps",
+    "clip_x0",
+    "clip_x0_keep_eps",
+    "cosine_schedule",
+    "ddim",
+    "ddim_or_sigma_hat",
+    "ddim_sigma",
+    "ddim_sigma_hat",
+    "ddim_step",
+    "ddim_timesteps",
+    "ddpm",
+    "ddpm_posterior",
+    "ddpm_step",
+    "dpm_solver_pp_2m",
+    "draw_noise",
+    "encode",
+    "encode_fixed_point",
+    "eps_loss",
+    "epsilon_to_score",
+    "epsilon_to_v",
+    "epsilon_to_x0",
+    "fixed_large_sigmas",
+    "from_ode_coordinates",
+    "from_score",
+    "from_v",
+    "from_x0",
+    "guided",
+    "heun",
+    "image_keys",
+    "initial_noise",
+    "interpolation_grid",
+    "interpolation_line",
+    "lerp",
+    "linear_schedule",
+    "min_snr",
+    "named_sampler",
+    "ode_field",
+    "posterior_mean",
+    "prediction_loss",
+    "probability_flow_euler",
+    "process_sigmas",
+    "sample",
+    "sample_trajectory",
+    "scaled_linear_schedule",
+    "schedule_from_betas",
+    "score_to_epsilon",
+    "score_to_v",
+    "score_to_x0",
+    "seed_key",
+    "sigma_hat",
+    "sigma_hat_step",
+    "slerp",
+    "to_ode_coordinates",
+    "v_to_epsilon",
+    "v_to_score",
+    "v_to_x0",
+    "variational_bound",
+    "variational_weights",
+    "velocity",
+    "x0_to_epsilon",
+    "x0_to_score",
+    "x0_to_v",
+    "zero_terminal_snr",
+]

@@ -81,8 +81,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """The next state, and metrics "loss" and "grad_norm" (before clipping), float32 scalars.
 
-    `batch` holds this device's share of the global batch, in order. Under pmap name its axis:
-    losses and gradients are then averaged over it. With `num_microbatches` the share is taken in
+    `batch` holds this device's share of the global batch, in order. Under pmap or shard_map name
+    the axis: losses and gradients are then averaged over it. With `num_microbatches` the share is taken in
     that many equal parts, one after another, to save memory; the update is the same. `frozen` are
     the arrays that the loss reads and nobody changes.
     The average's decay is min(ema_decay, (1 + step) / (10 + step)), so that a short run's average
@@ -108,8 +108,8 @@ def train_step(
 
     loss, grads, loss_state = _over_microbatches(
         jax.value_and_grad(mean_loss, has_aux=True),
-        state.params,
-        state.loss_state,
+        _of_each_device(state.params, axis_name),
+        _of_each_device(state.loss_state, axis_name),
         (places, dict(batch)),
         num_microbatches,
     )
@@ -126,6 +126,25 @@ def train_step(
     ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
     return TrainState(step, params, ema_params, opt_state, state.key, loss_state), metrics
+
+
+def _of_each_device(tree: Any, axis_name: str | None) -> Any:
+    """What all devices hold alike as each one's own, so that a gradient in it is that device's.
+
+    Of a value that shard_map knows to be alike on all, JAX sums the gradients over the devices by
+    itself, and an average over them would change nothing more.
+    """
+
+    def own(leaf):
+        if axis_name is None or not _is_real(leaf) or _varies(leaf, axis_name):
+            return leaf
+        return jax.lax.pcast(leaf, axis_name, to="varying")
+
+    return jax.tree.map(own, tree)
+
+
+def _varies(leaf: jax.Array, axis_name: str) -> bool:
+    return axis_name in jax.typeof(leaf).manual_axis_type.varying
 
 
 def _over_microbatches(function, params, loss_state, examples, num_parts: int):

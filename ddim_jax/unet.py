@@ -238,9 +238,9 @@ class GroupNorm(nn.Module):
 
 def _upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
     b, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(
-        b, 2 * h, 2 * w, c
-    )
+    # A side at a time: a reshape of both would leave open how the result is split over a mesh.
+    x = jnp.broadcast_to(x[:, :, None], (b, h, 2, w, c)).reshape(b, 2 * h, w, c)
+    return jnp.broadcast_to(x[:, :, :, None], (b, 2 * h, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
 def _check_settings(net: UNet) -> None:

@@ -218,11 +218,12 @@ def test_public_functions_say_what_they_are_and_hide_no_arguments():
 
 def test_the_package_hands_names_on_as_themselves():
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    for node in tree.body[1:]:
-        assert isinstance(node, ast.ImportFrom)
-        for alias in node.names:
-            assert alias.asname == alias.name
-            assert hasattr(dj, alias.name)
+    *imports, names = tree.body[1:]
+    assert all(isinstance(node, ast.ImportFrom) for node in imports)
+    imported = [alias for node in imports for alias in node.names]
+    assert all(alias.asname is None for alias in imported)
+    # help() and `import *` show these, and no modules.
+    assert isinstance(names, ast.Assign) and sorted(dj.__all__) == sorted(a.name for a in imported)
 
 
 # ----------------------------------------------------------------------------------- the floors
