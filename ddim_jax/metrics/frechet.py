@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ddim_jax.metrics.covariance import check_covariance, check_mean
 from ddim_jax.metrics.metric import Metric, Number
 
 Features: TypeAlias = Float[Array, "N D"] | Float[np.ndarray, "N D"]
@@ -115,7 +116,8 @@ def frechet_distance(
     |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)). The trace of the root is taken from
     the symmetric A^T cov2 A with A A^T = cov1, which has the eigenvalues of cov1 cov2. So it is
     real and finite for covariances of any rank, where the root of the bare product may not exist.
-    Raises ValueError on shapes that do not fit and on values that are not finite.
+    Raises ValueError on shapes that do not fit, on values that are not finite, and on what is no
+    covariance, such as one triangle of it; see `covariance.check_covariance`.
     Source: Heusel et al. 2017 (arXiv:1706.08500), eq. 6; Dowson and Landau 1982.
     """
     dim = np.shape(mean1)[0] if np.ndim(mean1) == 1 else "D"
@@ -126,8 +128,7 @@ def frechet_distance(
                 f"{name} must have shape {(dim,) * ndim}; got {np.shape(array)}. Were both sides "
                 "made with the same feature network?"
             )
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} must be finite; got NaN or infinity.")
+        (check_mean if ndim == 1 else check_covariance)(name, array)
     mean1, cov1, mean2, cov2 = (np.asarray(x, np.float64) for x in (mean1, cov1, mean2, cov2))
 
     root = _root(cov1)

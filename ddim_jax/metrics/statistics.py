@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ddim_jax.files import read_npz, write_whole
+from ddim_jax.files import write_whole
 from ddim_jax.hashing import content_hash
 from ddim_jax.metrics.features import FeatureName, FeatureNetwork, Images, feature_batches
 from ddim_jax.metrics.frechet import (
@@ -52,6 +52,7 @@ from ddim_jax.metrics.metric import (
     state_to_arrays,
     update_states,
 )
+from ddim_jax.metrics.statistics_file import read_arrays
 from ddim_jax.paths import local_path
 
 FORMAT = 2
@@ -237,17 +238,14 @@ def save_statistics(path: str | os.PathLike[str], statistics: FeatureStatistics)
 def load_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
     """What `save_statistics` wrote, or the `mu` and `sigma` that pytorch-fid and TTUR publish.
 
-    The latter are taken to be of Inception features. Raises FileNotFoundError without a file, and
-    ValueError on another kind of file or when the arrays are not those its metadata name.
+    The latter are taken to be of Inception features, as are the reference batches of
+    guided-diffusion and a file of such features under `pool_3`. Raises FileNotFoundError without a
+    file, and ValueError on another kind of file, on what is no mean and covariance (see
+    `covariance.check_covariance`), or when the arrays are not those its metadata name.
     """
     path = local_path(path, "stats", "file")
-    arrays = _read_arrays(path)
-    mean, cov = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
-    if mean.ndim != 1 or cov.shape != 2 * mean.shape:
-        raise ValueError(
-            f"{path} must hold mu of shape (D,) and sigma of shape (D, D); got {mean.shape} and "
-            f"{cov.shape}."
-        )
+    arrays = read_arrays(path)
+    mean, cov = arrays["mu"], arrays["sigma"]
     try:
         metadata = json.loads(str(arrays.get("metadata", '{"features": "inception"}')))
         _check_format(path, metadata.pop("format", 1))
@@ -276,15 +274,3 @@ def _states(arrays: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str,
     return {
         name: {key: x for key, x in arrays.items() if key.startswith(f"{name}.")} for name in names
     }
-
-
-def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    arrays = read_npz(
-        path, "feature statistics", way_out="Make them anew: compute_statistics, save_statistics."
-    )
-    if missing := {"mu", "sigma"} - arrays.keys():
-        raise ValueError(
-            f"{path} must hold mu and sigma; {' and '.join(sorted(missing))} missing. Images "
-            "in a .npz become statistics by compute_statistics."
-        )
-    return arrays
