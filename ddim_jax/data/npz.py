@@ -39,9 +39,10 @@ def npz_file(path: str | os.PathLike[str]) -> ArraySource:
     images_name = _first(names, ("images", "x", "arr_0"))
     labels_name = _first(names, ("labels", "y", "arr_1"))
     if images_name is None:
+        kind = kind_of_arrays(names)
         raise ValueError(
             f'{path} must hold the images under "images", "x" or "arr_0"; it has {names}'
-            f"{f': {kind}' if (kind := kind_of_arrays(names)) else ''}. Write it with np.savez(path, images=images)."
+            f"{f': {kind}' if kind else ''}. Write it with np.savez(path, images=images)."
         )
     wanted = [name for name in (images_name, labels_name) if name is not None]
     arrays = read_npz(path, "images", wanted, way_out=WAY_OUT)

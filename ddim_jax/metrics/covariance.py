@@ -2,8 +2,8 @@
 
 A covariance of few samples has no full rank, sums of floats leave its two halves a little apart and
 an eigenvalue a little below zero, and files hold it in single or half precision: all that passes.
-What passes not: numbers that are not finite, one triangle alone, a standard deviation's or a
-correlation's sign gone wrong.
+What does not pass: numbers that are not finite, one triangle alone, negative variances, more
+covariance between two features than they have variance.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
+from ddim_jax.checks import check_finite
 
 TOLERANCE = 1e-3
 """Of a correlation: twice the rounding of half precision, and less than a distance shows."""
@@ -71,11 +73,7 @@ def _check_numbers(name: str, array: Any, shape: str, way_out: str) -> None:
         raise ValueError(f"{name} must hold real numbers; got dtype {array.dtype}. {way_out}")
     if array.size == 0:
         raise ValueError(f"{name} must have shape {shape}; got {array.shape}. {way_out}")
-    if (count := int(np.count_nonzero(~np.isfinite(array)))) > 0:
-        raise ValueError(
-            f"{name} must be finite; got NaN or infinity in {count} of {array.size} places. "
-            f"{way_out}"
-        )
+    check_finite(name, array, way_out)
 
 
 def _first_above(array: np.ndarray, bound: np.ndarray) -> tuple[int, int] | None:
@@ -88,7 +86,7 @@ def _first_above(array: np.ndarray, bound: np.ndarray) -> tuple[int, int] | None
 
 
 def _triangle(cov: np.ndarray) -> str:
-    """A sentence on a matrix of one triangle alone, which Cholesky factors and packed halves are."""
+    """A sentence on a matrix of one triangle alone: a Cholesky factor, or a half."""
     if np.triu(cov, 1).any() and np.tril(cov, -1).any():
         return ""
     return " One triangle is zero: give both halves, or L @ L.T of a Cholesky factor L."

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ddim_jax.metrics.covariance import check_covariance, check_mean
-from ddim_jax.metrics.metric import Metric, Number
+from ddim_jax.metrics.metric import Metric, Number, check_features
 
 Features: TypeAlias = Float[Array, "N D"] | Float[np.ndarray, "N D"]
 Mean: TypeAlias = Float[np.ndarray, "D"]
@@ -69,12 +69,8 @@ def update_moments(moments: FeatureMoments, features: Features) -> FeatureMoment
     if features.shape[0] == 0:
         return moments
     x = np.asarray(features, np.float64)
+    check_features("features", x)
     mean = x.mean(axis=0)
-    if not np.isfinite(mean).all():
-        raise ValueError(
-            "features must be finite; got NaN or infinity. Check the images: a sampler that "
-            "diverged gives NaN pixels."
-        )
     centred = x - mean
     return merge_moments(moments, FeatureMoments(np.array(len(x)), mean, centred.T @ centred))
 

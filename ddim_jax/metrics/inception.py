@@ -27,6 +27,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
+from ddim_jax.checks import check_finite_weights
 from ddim_jax.convert.tensors import read_safetensors, read_torch, torch_to_numpy
 from ddim_jax.metrics.inception_weights import (
     WEIGHTS_FILE,
@@ -238,7 +239,8 @@ def _read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
 def params_from_state_dict(state_dict: Mapping[str, np.ndarray]) -> InceptionParams:
     """Flax parameters from torch's names and layouts, batch norm folded in (float64, cast once).
 
-    Raises ValueError that lists what is missing, left over or of another shape.
+    Raises ValueError that lists what is missing, left over or of another shape, and on weights that
+    are not finite.
     """
     kernel_shapes = _kernel_shapes()
     _check_names_and_shapes(state_dict, kernel_shapes)
@@ -247,6 +249,7 @@ def params_from_state_dict(state_dict: Mapping[str, np.ndarray]) -> InceptionPar
         kernel, bias = _dense(state_dict) if path == ("fc",) else _folded_conv(state_dict, path)
         params[*path, "kernel"] = jnp.asarray(kernel, jnp.float32)
         params[*path, "bias"] = jnp.asarray(bias, jnp.float32)
+    check_finite_weights({"/".join(path): x for path, x in params.items()})
     return traverse_util.unflatten_dict(params)
 
 

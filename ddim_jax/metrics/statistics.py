@@ -252,6 +252,7 @@ def load_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
         want = metadata.pop("content_hash", None)
         hashes = metadata.pop("state_hashes", {})
         statistics = FeatureStatistics(mean, cov, states=_states(arrays, hashes), **metadata)
+        _check_metadata(statistics)
     except (TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} holds metadata that this version cannot read: {error}. Make it again."
@@ -267,6 +268,20 @@ def _check_format(path: pathlib.Path, number: int) -> None:
             f"{path} is of format {number}; this version of ddim_jax reads formats up to {FORMAT}. "
             "Install a newer one, or make the statistics anew with this one."
         )
+
+
+def _check_metadata(statistics: FeatureStatistics) -> None:
+    """Raise TypeError where the JSON is of another type than the field."""
+    types = {
+        "features": str,
+        "network_hash": (str, type(None)),
+        "num_samples": (int, type(None)),
+        "data": dict,
+        "rounding": (str, type(None)),
+    }
+    for name, type_ in types.items():
+        if not isinstance(value := getattr(statistics, name), type_):
+            raise TypeError(f"{name} is {value!r}")
 
 
 def _states(arrays: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, dict]:
