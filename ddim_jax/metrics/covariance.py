@@ -17,6 +17,10 @@ from ddim_jax.checks import check_finite
 TOLERANCE = 1e-3
 """Of a correlation: twice the rounding of half precision, and less than a distance shows."""
 
+NEARLY_CONSTANT = 1e-2
+"""Of the largest variance. A feature of less counts as one of this: what rounding in single
+precision leaves of it may be all that there is."""
+
 WAY_OUT = "Copy the file again, or make the statistics anew from the images."
 
 
@@ -37,30 +41,31 @@ def check_covariance(name: str, cov: Any, way_out: str = WAY_OUT) -> None:
     if np.ndim(cov) != 2 or np.shape(cov)[0] != np.shape(cov)[1]:
         raise ValueError(f"{name} must have shape (D, D); got {np.shape(cov)}. {way_out}")
     cov = np.asarray(cov, np.float64)
-    variances = cov.diagonal()
-    largest = np.abs(variances).max()
-    # A feature that is nearly constant counts as one of a thousandth of the largest variance: what
-    # rounding leaves of it in single precision may be all that there is.
-    spread = np.sqrt(np.maximum(variances, TOLERANCE * largest))
-
-    if (worst := variances.min()) < -(TOLERANCE**2) * largest:
+    largest = np.abs(cov.diagonal()).max()
+    with np.errstate(over="ignore"):
+        unit = np.clip(cov / (largest or 1.0), -2, 2)  # all beyond 1 is refused
+    variances = unit.diagonal()
+    if variances.min() < -TOLERANCE * NEARLY_CONSTANT:
+        at = int(variances.argmin())
         raise ValueError(
             f"{name} must have variances on its diagonal, none negative; "
-            f"got {worst:.6g} at {(int(variances.argmin()),) * 2}. {way_out}"
+            f"got {cov[at, at]:.6g} at ({at}, {at}). {way_out}"
         )
-    bound = np.outer(spread, spread)
-    if (at := _first_above(np.abs(cov - cov.T), TOLERANCE * bound)) is not None:
+    spread = np.sqrt(np.maximum(variances, NEARLY_CONSTANT))
+    bound = (TOLERANCE if largest else 0.0) * np.outer(spread, spread)
+    if (at := _first_above(np.abs(unit - unit.T), bound)) is not None:
         raise ValueError(
             f"{name} must be symmetric; got {cov[at]:.6g} at {at} and {cov.T[at]:.6g} at "
             f"{at[::-1]}.{_triangle(cov)} {way_out}"
         )
-    if (at := _first_above(np.abs(cov), (1 + TOLERANCE) * bound)) is not None:
+    bound *= 1 / TOLERANCE + 1
+    if (at := _first_above(np.abs(unit), bound)) is not None:
         raise ValueError(
             f"{name} must have no covariance beyond the product of its standard deviations; got "
-            f"{cov[at]:.6g} at {at}, between variances {variances[at[0]]:.6g} and "
-            f"{variances[at[1]]:.6g}. {way_out}"
+            f"{cov[at]:.6g} at {at}, between variances {cov[at[0], at[0]]:.6g} and "
+            f"{cov[at[1], at[1]]:.6g}. {way_out}"
         )
-    if not _is_semidefinite(cov, largest):
+    if largest and not _is_semidefinite(unit):
         raise ValueError(
             f"{name} must have no negative eigenvalue; the smallest is "
             f"{np.linalg.eigvalsh(cov)[0]:.6g}, the largest variance {largest:.6g}. {way_out}"
@@ -92,15 +97,18 @@ def _triangle(cov: np.ndarray) -> str:
     return " One triangle is zero: give both halves, or L @ L.T of a Cholesky factor L."
 
 
-def _is_semidefinite(cov: np.ndarray, largest: float) -> bool:
-    """Whether no eigenvalue is below zero by more than rounding: by Cholesky, not eigenvalues."""
+def _is_semidefinite(unit: np.ndarray) -> bool:
+    """Whether no eigenvalue is below zero by more than rounding; the largest variance is 1.
+
+    By Cholesky, which costs a tenth of the eigenvalues.
+    """
     # Independent errors of relative size u move an eigenvalue by about u of the largest variance
-    # (the diagonal's) and of the eigenvalues' root mean square (the others').
-    slack = TOLERANCE * (largest + np.linalg.norm(cov) / np.sqrt(len(cov)))
-    if slack == 0:
-        return True  # all zero
+    # (those of the diagonal) and of the eigenvalues' root mean square (the others).
+    slack = TOLERANCE * (1 + np.linalg.norm(unit) / np.sqrt(len(unit)))
+    shifted = unit.copy()
+    shifted.flat[:: len(unit) + 1] += slack
     try:
-        np.linalg.cholesky(cov + slack * np.eye(len(cov)))
+        np.linalg.cholesky(shifted)
     except np.linalg.LinAlgError:
         return False
     return True

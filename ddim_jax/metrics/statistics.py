@@ -40,7 +40,6 @@ from ddim_jax.metrics.frechet import (
     FeatureMoments,
     Gaussian,
     finalize_moments,
-    frechet_distance,
     frechet_metric,
 )
 from ddim_jax.metrics.metric import (
@@ -118,7 +117,7 @@ class FeatureStatistics:
 
     def distance(self, moments: FeatureMoments) -> float:
         """Frechet distance of the features gathered in `moments` to these."""
-        return frechet_distance(*finalize_moments(moments), self.mean, self.cov)
+        return frechet_metric().compute(moments, Gaussian(self.mean, self.cov))["fd"]
 
     def check_network(self, network: FeatureNetwork, image_shape: tuple[int, int, int]) -> None:
         """Raise ValueError unless `network` is the one that made these statistics.
