@@ -20,6 +20,8 @@ ANEW = "Make the statistics anew: compute_statistics, save_statistics."
 AS_NPZ = (
     "If its source is trusted open it where it was made, and np.savez(path, mu=mu, sigma=sigma)."
 )
+PICKLES = b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"
+"""How pickles begin, by the protocol."""
 NUM_AT_ONCE = 10_000
 """Features added up at once, in float64: 164 MB of Inception's."""
 
@@ -88,9 +90,7 @@ def _message_without_moments(path: pathlib.Path, names: list[str]) -> str:
 
 
 def _another_kind(path: pathlib.Path) -> str | None:
-    """What a file or folder is that is known and no .npz, with the way out; else None."""
-    if path.is_dir():
-        return f"a folder. Images become statistics by compute_statistics. {ANEW}"
+    """What a file is that is known and no .npz, with the way out; else None."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -99,7 +99,7 @@ def _another_kind(path: pathlib.Path) -> str | None:
         return (
             "one array, a .npy file. Write both into one file: np.savez(path, mu=mu, sigma=sigma)."
         )
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+    if head[:2] in PICKLES:
         return f"a pickle, which could run code when read. {AS_NPZ}"
     if zipfile.is_zipfile(path):
         return _zip_kind(path)
@@ -116,7 +116,7 @@ def _zip_kind(path: pathlib.Path) -> str | None:
         return None  # damaged: the reader says how
     if any(name.endswith("data.pkl") for name in names):
         return f"a file of torch.save, a pickle that could run code when read. {AS_NPZ}"
-    if any(name.endswith(".npy") and "/" not in name for name in names):
+    if not names or any(name.endswith(".npy") and "/" not in name for name in names):
         return None
     return f"an archive of {len(names)} files. {_inside(names)}"
 
