@@ -25,7 +25,8 @@ def test_a_reference_batch_of_guided_diffusion_is_both(tmp_path):
     np.testing.assert_array_equal(statistics.mean, MU)
     np.testing.assert_array_equal(statistics.cov, SIGMA)
     assert statistics.features == "inception" and statistics.states == {}
-    np.testing.assert_array_equal(load_images(str(path)).images, IMAGES)
+    images = np.stack([example["image"] for example in load_images(str(path))])
+    np.testing.assert_array_equal(images, IMAGES)
 
 
 def test_the_images_beside_statistics_are_not_read(tmp_path):

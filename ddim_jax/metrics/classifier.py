@@ -27,6 +27,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int, UInt8
 
 from ddim_jax.checks import check_finite_weights
+from ddim_jax.convert.tensors import naming
 from ddim_jax.data.pixels import to_model_range
 from ddim_jax.files import write_whole
 from ddim_jax.hashing import content_hash
@@ -157,6 +158,7 @@ def load_classifier(path: str | os.PathLike) -> TrainedClassifier:
             f"{path} must hold the weights {header['content_hash'][:12]} its header names; got "
             f"{got[:12]}. Copy the file again."
         )
-    check_finite_weights(params)
+    with naming(path):
+        check_finite_weights(params)
     model = Classifier(header["num_classes"], header["width"])
     return TrainedClassifier(model, params, header["content_hash"], header["metadata"])
