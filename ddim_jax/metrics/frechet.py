@@ -92,13 +92,13 @@ def merge_moments(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
 def finalize_moments(moments: FeatureMoments | Gaussian) -> Gaussian:
     """Mean and unbiased covariance (divided by N - 1) of the vectors seen.
 
-    A Gaussian comes back in float64. Raises ValueError on one that is none, see
+    A Gaussian is returned as it is. Raises ValueError on one that is none, see
     `covariance.check_covariance`, and on moments that are not finite.
     """
     if isinstance(moments, Gaussian):
         check_mean("mean", moments.mean)
         check_covariance("cov", moments.cov)
-        return Gaussian(np.asarray(moments.mean, np.float64), np.asarray(moments.cov, np.float64))
+        return moments
     for name in ("mean", "scatter"):
         check_features(name, getattr(moments, name))
     if moments.count < 2:
@@ -124,13 +124,13 @@ def frechet_distance(
     for side, mean, cov in ((1, mean1, cov1), (2, mean2, cov2)):
         check_mean(f"mean{side}", mean)
         check_covariance(f"cov{side}", cov)
-    mean1, cov1, mean2, cov2 = (np.asarray(x, np.float64) for x in (mean1, cov1, mean2, cov2))
     return _distance(Gaussian(mean1, cov1), Gaussian(mean2, cov2))
 
 
 def _distance(a: Gaussian, b: Gaussian) -> float:
-    """The same of what is known to be Gaussians, such as moments gathered here, in float64."""
+    """The same of what is known to be Gaussians, such as moments gathered here."""
     _check_shapes(*a, *b)
+    a, b = (Gaussian(*(np.asarray(x, np.float64) for x in side)) for side in (a, b))
     root = _root(a.cov)
     products = np.linalg.eigvalsh(root.T @ b.cov @ root)
     trace_of_root = np.sqrt(np.maximum(products, 0)).sum()
