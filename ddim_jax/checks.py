@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Value = TypeVar("Value")
 
@@ -27,6 +28,29 @@ def check_floating(name: str, x: jax.Array) -> None:
         raise ValueError(
             f"{name} must be floating point, data in [-1, 1]; got dtype {x.dtype}. "
             "Grey levels 0..255 become x / 127.5 - 1."
+        )
+
+
+def check_finite(name: str, array: Any, way_out: str) -> None:
+    """Raise ValueError, ending in `way_out`, if `array` on the host holds NaN or infinity."""
+    array = np.asarray(array)
+    if (count := int(np.count_nonzero(~np.isfinite(array)))) > 0:
+        raise ValueError(
+            f"{name} must be finite; got NaN or infinity in {count} of {array.size} places. "
+            f"{way_out}"
+        )
+
+
+def check_finite_weights(params: Any) -> None:
+    """Raise ValueError, naming the first, if an array of a pytree holds NaN or infinity."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    bad = [path for path, leaf in leaves if not np.isfinite(np.asarray(leaf)).all()]
+    if bad:
+        first = jax.tree_util.keystr(bad[0], simple=True, separator="/")
+        raise ValueError(
+            f"weights must be finite; {len(bad)} of {len(leaves)} arrays hold NaN or infinity, "
+            f"first {first}. The training that saved them diverged, or they did not fit half "
+            "precision: take an earlier checkpoint, or a file in single precision."
         )
 
 

@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from refusals import refused
 
 from ddim_jax.checks import (
     check_bounds,
+    check_finite_weights,
     check_floating,
     check_one_of,
     check_same_shape,
@@ -62,3 +64,10 @@ def test_look_up_lists_the_names_of_the_table():
     assert look_up("colour", "blue", table) == 2
     with refused(r"colour must be one of red, blue; got 'green'\."):
         look_up("colour", "green", table)
+
+
+def test_check_finite_weights_names_the_first_and_counts():
+    params = {"a": {"kernel": np.ones(2)}, "b": {"bias": np.array([1, np.nan])}}
+    with refused("weights must be finite; 1 of 2 arrays hold NaN or infinity, first b/bias"):
+        check_finite_weights(params)
+    check_finite_weights({"a": params["a"], "count": 3})

@@ -246,3 +246,11 @@ def test_without_torch_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match=r"ddim_jax\[convert\]"):
         load_paper_checkpoint(tmp_path / "model.ckpt", TINY, 8)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(value):
+    arrays = dict(numbered())
+    arrays["conv_in.bias"] = np.full(arrays["conv_in.bias"].shape, value)
+    with pytest.raises(ValueError, match=r"finite; 1 of \d+ arrays .* first conv_in\.bias"):
+        paper_to_flax(arrays, TINY, 8)

@@ -132,3 +132,11 @@ def test_other_files_are_refused_by_name(tmp_path):
         load_classifier(tmp_path / "broken.safetensors")
     with pytest.raises(FileNotFoundError, match=r"absent.* train a classifier .* save_classifier"):
         load_classifier(tmp_path / "absent.safetensors")
+
+
+def test_weights_that_are_not_finite_are_refused_by_file_and_name(params, tmp_path):
+    path = tmp_path / "classifier.safetensors"
+    other = dict(params, logits=dict(params["logits"], bias=params["logits"]["bias"] * np.nan))
+    save_classifier(path, MODEL, other, {})
+    with pytest.raises(ValueError, match=r"classifier\.safetensors: .*finite; 1 of .* logits/bias"):
+        load_classifier(path)

@@ -214,3 +214,11 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "ddim_jax"
+
+
+@pytest.mark.parametrize("name, value", [("fc.bias", np.nan), ("Mixed_7c.branch1x1.bn.var", -1)])
+def test_weights_that_are_not_finite_are_named(state_dict, name, value):
+    name = name.replace("bn.var", "bn.running_var")
+    broken = dict(state_dict, **{name: np.full_like(state_dict[name], value)})
+    with pytest.raises(ValueError, match=f"weights must be finite; .*{name.split('.bn')[0][:2]}"):
+        params_from_state_dict(broken)

@@ -36,3 +36,10 @@ def test_equals_loops_over_images_and_classes_with_uneven_splits():
 def test_more_splits_than_images_is_refused():
     with pytest.raises(ValueError, match=r"num_splits must be in \[1, 4\].*got 10"):
         inception_score(np.zeros((4, 3), np.float32))
+
+
+def test_logits_that_are_not_finite_are_refused():
+    logits = np.zeros((4, 3), np.float32)
+    logits[1, 1] = np.inf
+    with pytest.raises(ValueError, match=r"logits must be finite; .* in 1 of 12 places"):
+        inception_score(logits, 1)

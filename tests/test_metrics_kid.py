@@ -72,3 +72,14 @@ def test_bad_sizes_are_named():
         kid(x, x, num_subsets=0, subset_size=5)
     with pytest.raises(ValueError, match="features of one length"):
         polynomial_mmd(x, np.zeros((10, 5)))
+
+
+def test_features_that_are_not_finite_are_refused_not_a_number_less():
+    x = np.random.default_rng(0).normal(size=(10, 4))
+    for bad in (np.nan, np.inf):
+        y = x.copy()
+        y[3, 1] = bad
+        with pytest.raises(ValueError, match=r"x must be finite; .* in 1 of 40 places"):
+            kid(y, x, subset_size=5)
+        with pytest.raises(ValueError, match="y must be finite"):
+            kid(x, y, subset_size=5)

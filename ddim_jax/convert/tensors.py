@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddim_jax.checks import check_finite_weights
 from ddim_jax.files import write_whole
 
 Params = Any
@@ -31,7 +32,7 @@ NUM_LISTED = 8  # differences an error message lists; it counts the others
 def from_torch(state_dict: StateDict, shapes: Params, torch_name: TorchName) -> Params:
     """Parameters of the given shapes, float32, from a state dict in torch's layouts.
 
-    Raises ValueError unless the state dict holds exactly these parameters in these shapes.
+    Raises ValueError unless the state dict holds exactly these parameters in these shapes, finite.
     """
     leaves, treedef = jax.tree.flatten_with_path(shapes)
     wanted = {}  # torch name -> is it a kernel, shape in torch's layout
@@ -48,6 +49,7 @@ def from_torch(state_dict: StateDict, shapes: Params, torch_name: TorchName) -> 
         jnp.asarray(_flax_layout(arrays[name]) if kernel else arrays[name], jnp.float32)
         for name, (kernel, _) in wanted.items()
     ]
+    check_finite_weights(dict(zip(wanted, params, strict=True)))
     return jax.tree.unflatten(treedef, params)
 
 

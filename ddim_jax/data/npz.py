@@ -13,14 +13,16 @@ from ddim_jax.files import npz_names, read_npz
 from ddim_jax.paths import local_path
 
 # fmt: off
-NOT_IMAGES = {
+KINDS_OF_ARRAYS = {
     "feature statistics, which samples are measured against": ("mu", "sigma"),
-    "features of images": ("pool_3", "pool", "features", "activations", "spatial"),
+    "statistics of spatial features alone, for sFID": ("mu_s", "sigma_s"),
+    "features of images": ("pool_3", "pool", "features", "feats", "activations", "spatial"),
+    "images": ("images", "x", "arr_0"),
     "a codec's or network's weights": ("params",),
     "a sweep's cell under way": ("cell", "count"),
 }
 # fmt: on
-"""What a file of other arrays is -> names that give it away."""
+"""What a file of arrays is -> names that give it away."""
 WAY_OUT = "Copy it again, or write it with np.savez(path, images=images)."
 
 
@@ -37,9 +39,10 @@ def npz_file(path: str | os.PathLike[str]) -> ArraySource:
     images_name = _first(names, ("images", "x", "arr_0"))
     labels_name = _first(names, ("labels", "y", "arr_1"))
     if images_name is None:
+        kind = kind_of_arrays(names)
         raise ValueError(
             f'{path} must hold the images under "images", "x" or "arr_0"; it has {names}'
-            f"{_guess(names)}. Write it with np.savez(path, images=images)."
+            f"{f': {kind}' if kind else ''}. Write it with np.savez(path, images=images)."
         )
     wanted = [name for name in (images_name, labels_name) if name is not None]
     arrays = read_npz(path, "images", wanted, way_out=WAY_OUT)
@@ -79,10 +82,10 @@ def _source(path: pathlib.Path, images: np.ndarray, labels: np.ndarray | None) -
     return ArraySource(images, labels, str(path), num_classes)
 
 
-def _guess(names: Collection[str]) -> str:
-    """What the arrays of these names are, for a message."""
-    likely = (what for what, telling in NOT_IMAGES.items() if {*telling} & {*names})
-    return "".join(f": {what}" for what in list(likely)[:1])
+def kind_of_arrays(names: Collection[str]) -> str | None:
+    """What a .npz file with arrays of these names is, in words for a message; None if unknown."""
+    likely = (kind for kind, telling in KINDS_OF_ARRAYS.items() if {*telling} & {*names})
+    return next(likely, None)
 
 
 def _first(names: Sequence[str], wanted: Sequence[str]) -> str | None:

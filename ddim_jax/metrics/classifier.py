@@ -26,6 +26,8 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array, Float, Int, UInt8
 
+from ddim_jax.checks import check_finite_weights
+from ddim_jax.convert.tensors import naming
 from ddim_jax.data.pixels import to_model_range
 from ddim_jax.files import write_whole
 from ddim_jax.hashing import content_hash
@@ -133,7 +135,7 @@ def save_classifier(
 
 
 def load_classifier(path: str | os.PathLike) -> TrainedClassifier:
-    """What `save_classifier` wrote. Raises ValueError on other files and on altered weights."""
+    """What `save_classifier` wrote. Raises ValueError on other files, altered or NaN weights."""
     from safetensors import SafetensorError, safe_open
 
     path = local_path(path, "path", "file")
@@ -156,5 +158,7 @@ def load_classifier(path: str | os.PathLike) -> TrainedClassifier:
             f"{path} must hold the weights {header['content_hash'][:12]} its header names; got "
             f"{got[:12]}. Copy the file again."
         )
+    with naming(path):
+        check_finite_weights(params)
     model = Classifier(header["num_classes"], header["width"])
     return TrainedClassifier(model, params, header["content_hash"], header["metadata"])

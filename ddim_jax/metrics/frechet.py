@@ -20,7 +20,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ddim_jax.metrics.metric import Metric, Number
+from ddim_jax.metrics.covariance import check_covariance, check_mean
+from ddim_jax.metrics.metric import Metric, Number, check_features
 
 Features: TypeAlias = Float[Array, "N D"] | Float[np.ndarray, "N D"]
 Mean: TypeAlias = Float[np.ndarray, "D"]
@@ -68,12 +69,8 @@ def update_moments(moments: FeatureMoments, features: Features) -> FeatureMoment
     if features.shape[0] == 0:
         return moments
     x = np.asarray(features, np.float64)
+    check_features("features", x)
     mean = x.mean(axis=0)
-    if not np.isfinite(mean).all():
-        raise ValueError(
-            "features must be finite; got NaN or infinity. Check the images: a sampler that "
-            "diverged gives NaN pixels."
-        )
     centred = x - mean
     return merge_moments(moments, FeatureMoments(np.array(len(x)), mean, centred.T @ centred))
 
@@ -95,10 +92,15 @@ def merge_moments(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
 def finalize_moments(moments: FeatureMoments | Gaussian) -> Gaussian:
     """Mean and unbiased covariance (divided by N - 1) of the vectors seen.
 
-    A Gaussian is returned as it is.
+    A Gaussian is returned as it is. Raises ValueError on one that is none, see
+    `covariance.check_covariance`, and on moments that are not finite.
     """
     if isinstance(moments, Gaussian):
+        check_mean("mean", moments.mean)
+        check_covariance("cov", moments.cov)
         return moments
+    for name in ("mean", "scatter"):
+        check_features(name, getattr(moments, name))
     if moments.count < 2:
         raise ValueError(f"A covariance needs at least 2 samples; got {moments.count}.")
     return Gaussian(moments.mean, moments.scatter / (moments.count - 1))
@@ -115,9 +117,28 @@ def frechet_distance(
     |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)). The trace of the root is taken from
     the symmetric A^T cov2 A with A A^T = cov1, which has the eigenvalues of cov1 cov2. So it is
     real and finite for covariances of any rank, where the root of the bare product may not exist.
-    Raises ValueError on shapes that do not fit and on values that are not finite.
+    Raises ValueError on shapes that do not fit, on values that are not finite, and on what is no
+    covariance, such as one triangle of it; see `covariance.check_covariance`.
     Source: Heusel et al. 2017 (arXiv:1706.08500), eq. 6; Dowson and Landau 1982.
     """
+    for side, mean, cov in ((1, mean1, cov1), (2, mean2, cov2)):
+        check_mean(f"mean{side}", mean)
+        check_covariance(f"cov{side}", cov)
+    return _distance(Gaussian(mean1, cov1), Gaussian(mean2, cov2))
+
+
+def _distance(a: Gaussian, b: Gaussian) -> float:
+    """The same of what is known to be Gaussians, such as moments gathered here."""
+    _check_shapes(*a, *b)
+    a, b = (Gaussian(*(np.asarray(x, np.float64) for x in side)) for side in (a, b))
+    root = _root(a.cov)
+    products = np.linalg.eigvalsh(root.T @ b.cov @ root)
+    trace_of_root = np.sqrt(np.maximum(products, 0)).sum()
+    distance = np.sum((a.mean - b.mean) ** 2) + np.trace(a.cov) + np.trace(b.cov)
+    return max(float(distance - 2 * trace_of_root), 0.0)  # equal ones may round to -1e-12
+
+
+def _check_shapes(mean1, cov1, mean2, cov2) -> None:
     dim = np.shape(mean1)[0] if np.ndim(mean1) == 1 else "D"
     arrays = {"mean1": (mean1, 1), "cov1": (cov1, 2), "mean2": (mean2, 1), "cov2": (cov2, 2)}
     for name, (array, ndim) in arrays.items():
@@ -126,15 +147,6 @@ def frechet_distance(
                 f"{name} must have shape {(dim,) * ndim}; got {np.shape(array)}. Were both sides "
                 "made with the same feature network?"
             )
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} must be finite; got NaN or infinity.")
-    mean1, cov1, mean2, cov2 = (np.asarray(x, np.float64) for x in (mean1, cov1, mean2, cov2))
-
-    root = _root(cov1)
-    products = np.linalg.eigvalsh(root.T @ cov2 @ root)
-    trace_of_root = np.sqrt(np.maximum(products, 0)).sum()
-    distance = np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root
-    return max(float(distance), 0.0)  # equal Gaussians may round to -1e-12
 
 
 def _root(cov: Covariance) -> Covariance:
@@ -151,9 +163,8 @@ def frechet_distance_from_features(
     b: Float[Array, "M E"] | Float[np.ndarray, "M E"],
 ) -> float:
     """Frechet distance between two sets of features that fit in memory; see `frechet_distance`."""
-    mean1, cov1 = finalize_moments(update_moments(init_moments(a.shape[1]), a))
-    mean2, cov2 = finalize_moments(update_moments(init_moments(b.shape[1]), b))
-    return frechet_distance(mean1, cov1, mean2, cov2)
+    one, other = (update_moments(init_moments(x.shape[1]), x) for x in (a, b))
+    return _distance(finalize_moments(one), finalize_moments(other))
 
 
 def few_samples_warning(num_samples: int, dim: int) -> str | None:
@@ -191,4 +202,4 @@ def _compute(
 ) -> dict[str, float]:
     if reference is None:
         raise ValueError("frechet needs a reference, moments or a Gaussian; got None.")
-    return {"fd": frechet_distance(*finalize_moments(state), *finalize_moments(reference))}
+    return {"fd": _distance(finalize_moments(state), finalize_moments(reference))}

@@ -27,7 +27,8 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
-from ddim_jax.convert.tensors import read_safetensors, read_torch, torch_to_numpy
+from ddim_jax.checks import check_finite_weights
+from ddim_jax.convert.tensors import naming, read_safetensors, read_torch, torch_to_numpy
 from ddim_jax.metrics.inception_weights import (
     WEIGHTS_FILE,
     WEIGHTS_SHA256,
@@ -226,7 +227,9 @@ def load_inception(path: str | os.PathLike | None = None) -> InceptionParams:
         raise FileNotFoundError(f"{path} is not a file. {manual_steps(cache_dir())}")
     if path.name == WEIGHTS_FILE:
         check_sha256(path, WEIGHTS_SHA256)
-    return params_from_state_dict(_read_state_dict(path))
+    state_dict = _read_state_dict(path)
+    with naming(path):
+        return params_from_state_dict(state_dict)
 
 
 def _read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -238,7 +241,8 @@ def _read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
 def params_from_state_dict(state_dict: Mapping[str, np.ndarray]) -> InceptionParams:
     """Flax parameters from torch's names and layouts, batch norm folded in (float64, cast once).
 
-    Raises ValueError that lists what is missing, left over or of another shape.
+    Raises ValueError that lists what is missing, left over or of another shape, and on weights that
+    are not finite.
     """
     kernel_shapes = _kernel_shapes()
     _check_names_and_shapes(state_dict, kernel_shapes)
@@ -247,6 +251,7 @@ def params_from_state_dict(state_dict: Mapping[str, np.ndarray]) -> InceptionPar
         kernel, bias = _dense(state_dict) if path == ("fc",) else _folded_conv(state_dict, path)
         params[*path, "kernel"] = jnp.asarray(kernel, jnp.float32)
         params[*path, "bias"] = jnp.asarray(bias, jnp.float32)
+    check_finite_weights({"/".join(path): x for path, x in params.items()})
     return traverse_util.unflatten_dict(params)
 
 
@@ -257,7 +262,8 @@ def _dense(state_dict):
 def _folded_conv(state_dict, path):
     name = ".".join(path)
     scale, shift, mean, var = (np.float64(state_dict[f"{name}.bn.{x}"]) for x in _BATCH_NORM)
-    scale = scale / np.sqrt(var + BATCH_NORM_EPS)
+    with np.errstate(invalid="ignore"):  # a negative variance: NaN, which is refused
+        scale = scale / np.sqrt(var + BATCH_NORM_EPS)
     kernel = np.transpose(state_dict[f"{name}.conv.weight"], (2, 3, 1, 0))
     return kernel * scale, shift - mean * scale
 

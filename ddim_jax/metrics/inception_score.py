@@ -12,7 +12,7 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array, Float
 
 from ddim_jax.metrics.kept import NUM_KEPT, KeptFeatures, describe_kept, metric_over_kept
-from ddim_jax.metrics.metric import Metric, Number
+from ddim_jax.metrics.metric import Metric, Number, check_features
 
 NUM_SPLITS, PUBLISHED_IMAGES = 10, 50_000
 """The protocol of published scores."""
@@ -39,6 +39,7 @@ def inception_score(
         raise ValueError(
             f"num_splits must be in [1, {num_samples}], the number of samples; got {num_splits}."
         )
+    check_features("logits", logits)
     bounds = np.arange(num_splits + 1) * num_samples // num_splits
     scores = [float(_score(logits[a:b])) for a, b in itertools.pairwise(bounds)]
     return InceptionScore(float(np.mean(scores)), float(np.std(scores)))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ddim_jax.metrics.metric import Metric, Number
+from ddim_jax.metrics.metric import Metric, Number, check_features
 
 Features: TypeAlias = Float[Array, "N D"] | Float[np.ndarray, "N D"]
 Indices: TypeAlias = Int[Array, "N"] | Int[np.ndarray, "N"]
@@ -70,11 +70,7 @@ def update_kept(state: KeptFeatures, features: Features, indices: Indices) -> Ke
     new = KeptFeatures(
         np.asarray(indices, np.int64), np.asarray(features, np.float32), state.num_kept
     )
-    if not np.isfinite(new.features).all():
-        raise ValueError(
-            "features must be finite; got NaN or infinity. Check the images: a sampler that "
-            "diverged gives NaN pixels."
-        )
+    check_features("features", new.features)
     return merge_kept(state, new)
 
 

@@ -18,7 +18,7 @@ from ddim_jax.metrics.kept import (
     describe_kept,
     metric_over_kept,
 )
-from ddim_jax.metrics.metric import Metric, Number
+from ddim_jax.metrics.metric import Metric, Number, check_features
 
 NUM_SUBSETS, SUBSET_SIZE = 100, 1000
 """The usual protocol."""
@@ -43,7 +43,7 @@ def kid(
 
     Averaged over random subsets, drawn without replacement; the defaults are the usual protocol.
     May be slightly negative where the sets agree. Raises ValueError when a set is smaller than a
-    subset. Source: Binkowski et al. 2018 (arXiv:1801.01401).
+    subset, and on features that are not finite. Source: Binkowski et al. 2018 (arXiv:1801.01401).
     """
     if not 2 <= subset_size <= min(len(x), len(y)):
         raise ValueError(
@@ -53,6 +53,8 @@ def kid(
     if num_subsets < 1:
         raise ValueError(f"num_subsets must be at least 1; got {num_subsets}.")
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    for name, features in (("x", x), ("y", y)):
+        check_features(name, features)
     rng = np.random.default_rng(seed)
 
     def draw(features):

@@ -21,6 +21,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from ddim_jax.checks import check_finite
+
 State: TypeAlias = Any
 """A NamedTuple of NumPy arrays, one type for each metric."""
 
@@ -61,6 +63,16 @@ class Metric(NamedTuple):
     """(state, reference) -> a sentence that must be read with the numbers, or None."""
     needs_reference: bool = True
     """Whether there is a reference; else it is None."""
+
+
+def check_features(name: str, features: Any) -> None:
+    """Raise ValueError if features, called `name`, hold NaN or infinity."""
+    check_finite(
+        name,
+        features,
+        "Check what they were made of: images of a sampler that diverged, or a feature network "
+        "whose weights are NaN.",
+    )
 
 
 def column_name(number: Number, network: str) -> str:

@@ -23,7 +23,7 @@ from ddim_jax.metrics.kept import (
     describe_kept,
     metric_over_kept,
 )
-from ddim_jax.metrics.metric import Metric, Number
+from ddim_jax.metrics.metric import Metric, Number, check_features
 
 BLOCK_SIZE = 1000
 
@@ -52,7 +52,7 @@ def precision_recall(
     """Improved precision and recall of the generated features against the real ones.
 
     Compare only at equal numbers of samples and equal k. Raises ValueError unless both sets have
-    more than k points of one length.
+    more than k points of one length, all finite.
     Source: Kynkaanniemi et al. 2019 (arXiv:1904.06991), eq. 1 and 2.
     """
     real, generated = _prepare(real, generated, k)
@@ -92,6 +92,9 @@ def _prepare(real, generated, k: int) -> tuple[Array, Array]:
     if not 1 <= k < smallest:
         raise ValueError(f"k must be in [1, {smallest - 1}], below the set sizes; got {k}.")
     real, generated = jnp.asarray(real, jnp.float32), jnp.asarray(generated, jnp.float32)
+    # NaN is in no ball: it would give a low number, not NaN.
+    for name, features in (("real", real), ("generated", generated)):
+        check_features(name, features)
     centre = real.mean(axis=0)  # small coordinates lose fewer digits in |a|^2 + |b|^2 - 2 a.b
     return real - centre, generated - centre
 

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ddim_jax.files import read_npz, write_whole
+from ddim_jax.files import write_whole
 from ddim_jax.hashing import content_hash
 from ddim_jax.metrics.features import FeatureName, FeatureNetwork, Images, feature_batches
 from ddim_jax.metrics.frechet import (
@@ -40,7 +40,6 @@ from ddim_jax.metrics.frechet import (
     FeatureMoments,
     Gaussian,
     finalize_moments,
-    frechet_distance,
     frechet_metric,
 )
 from ddim_jax.metrics.metric import (
@@ -52,6 +51,7 @@ from ddim_jax.metrics.metric import (
     state_to_arrays,
     update_states,
 )
+from ddim_jax.metrics.statistics_file import read_arrays
 from ddim_jax.paths import local_path
 
 FORMAT = 2
@@ -117,7 +117,7 @@ class FeatureStatistics:
 
     def distance(self, moments: FeatureMoments) -> float:
         """Frechet distance of the features gathered in `moments` to these."""
-        return frechet_distance(*finalize_moments(moments), self.mean, self.cov)
+        return frechet_metric().compute(moments, Gaussian(self.mean, self.cov))["fd"]
 
     def check_network(self, network: FeatureNetwork, image_shape: tuple[int, int, int]) -> None:
         """Raise ValueError unless `network` is the one that made these statistics.
@@ -237,23 +237,21 @@ def save_statistics(path: str | os.PathLike[str], statistics: FeatureStatistics)
 def load_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
     """What `save_statistics` wrote, or the `mu` and `sigma` that pytorch-fid and TTUR publish.
 
-    The latter are taken to be of Inception features. Raises FileNotFoundError without a file, and
-    ValueError on another kind of file or when the arrays are not those its metadata name.
+    The latter are taken to be of Inception features, as are the reference batches of
+    guided-diffusion and a file of such features under `pool_3`. Raises FileNotFoundError without a
+    file, and ValueError on another kind of file, on what is no mean and covariance (see
+    `covariance.check_covariance`), or when the arrays are not those its metadata name.
     """
     path = local_path(path, "stats", "file")
-    arrays = _read_arrays(path)
-    mean, cov = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
-    if mean.ndim != 1 or cov.shape != 2 * mean.shape:
-        raise ValueError(
-            f"{path} must hold mu of shape (D,) and sigma of shape (D, D); got {mean.shape} and "
-            f"{cov.shape}."
-        )
+    arrays = read_arrays(path)
+    mean, cov = arrays["mu"], arrays["sigma"]
     try:
         metadata = json.loads(str(arrays.get("metadata", '{"features": "inception"}')))
         _check_format(path, metadata.pop("format", 1))
         want = metadata.pop("content_hash", None)
         hashes = metadata.pop("state_hashes", {})
         statistics = FeatureStatistics(mean, cov, states=_states(arrays, hashes), **metadata)
+        _check_metadata(statistics)
     except (TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} holds metadata that this version cannot read: {error}. Make it again."
@@ -271,20 +269,22 @@ def _check_format(path: pathlib.Path, number: int) -> None:
         )
 
 
+def _check_metadata(statistics: FeatureStatistics) -> None:
+    """Raise TypeError where the JSON is of another type than the field."""
+    types = {
+        "features": str,
+        "network_hash": (str, type(None)),
+        "num_samples": (int, type(None)),
+        "data": dict,
+        "rounding": (str, type(None)),
+    }
+    for name, type_ in types.items():
+        if not isinstance(value := getattr(statistics, name), type_):
+            raise TypeError(f"{name} is {value!r}")
+
+
 def _states(arrays: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, dict]:
     """The arrays of each state of these names."""
     return {
         name: {key: x for key, x in arrays.items() if key.startswith(f"{name}.")} for name in names
     }
-
-
-def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    arrays = read_npz(
-        path, "feature statistics", way_out="Make them anew: compute_statistics, save_statistics."
-    )
-    if missing := {"mu", "sigma"} - arrays.keys():
-        raise ValueError(
-            f"{path} must hold mu and sigma; {' and '.join(sorted(missing))} missing. Images "
-            "in a .npz become statistics by compute_statistics."
-        )
-    return arrays
