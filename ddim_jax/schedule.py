@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
@@ -22,6 +23,8 @@ from ddim_jax.tables import take_or_nan
 from ddim_jax.types import Level, PRNGKey, Time, Timesteps, is_traced
 
 Spacing = Literal["uniform", "quadratic", "linspace", "trailing"]
+NOISY_SHARE = 0.7
+"""Of T: a sub-sequence that starts below this index starts where images are not noise yet."""
 Table: TypeAlias = Float[Array, "T"] | Float[np.ndarray, "T"]
 """NumPy's where it is known: a JAX array would belong to the mesh that was set when it was made."""
 
@@ -235,7 +238,12 @@ def ddim_timesteps(
         S = 10: 800, 632, 483, .., 9, 0. A large S repeats an index, which leaves x unchanged.
       "linspace": round(linspace(0, T - 1, S)), both ends included.
       "trailing": round(T - i * T / S) - 1, from T - 1 downwards.
+    With S = T each is all of T - 1, .., 0, and with S = 1 it is T - 1, where x_T is noise; the
+    paper's rules, read literally, would visit 0 alone.
 
+    Warns where the first index is below 0.7 T, as that of "uniform" is for S = 2, 3 and for S above
+    T / 2: at 0.7 T of DDPM's schedule alpha_bar is 0.007, and 0.08 at T / 2, so that noise is not
+    what the network expects there, and samples are pale.
     Raises ValueError unless 1 <= num_sample_steps <= num_steps and the spacing is one of these.
     Source: Song et al. 2021, appendix D.2; the last two are other tools' habits.
     """
@@ -244,20 +252,35 @@ def ddim_timesteps(
             f"num_sample_steps must be an integer in [1, {num_steps}], the length of the trained "
             f"schedule; got {num_sample_steps}."
         )
+    if spacing not in get_args(Spacing):
+        raise ValueError(f"spacing must be one of {get_args(Spacing)}; got {spacing!r}.")
+    timesteps = _ascending(num_steps, num_sample_steps, spacing).astype(np.int32)[::-1].copy()
+    if timesteps[0] < NOISY_SHARE * num_steps:
+        warnings.warn(
+            f"spacing={spacing!r} with {num_sample_steps} of {num_steps} steps starts at t = "
+            f"{timesteps[0]}, where images are not noise yet: samples drawn from noise come out "
+            f'pale. spacing="trailing" starts at {num_steps - 1}.',
+            stacklevel=2,
+        )
+    return timesteps
+
+
+def _ascending(num_steps: int, num_sample_steps: int, spacing: Spacing) -> np.ndarray:
+    if num_sample_steps == num_steps:
+        return np.arange(num_steps)
+    if num_sample_steps == 1:
+        return np.array([num_steps - 1])
     i = np.arange(num_sample_steps)
     match spacing:
         case "uniform":
-            ascending = i * (num_steps // num_sample_steps)
+            return i * (num_steps // num_sample_steps)
         case "quadratic":
             # float64 on the host: in float32 the floor differs for a quarter of all S.
-            ascending = np.linspace(0, np.sqrt(0.8 * num_steps), num_sample_steps) ** 2
+            return np.linspace(0, np.sqrt(0.8 * num_steps), num_sample_steps) ** 2
         case "linspace":
-            ascending = np.round(np.linspace(0, num_steps - 1, num_sample_steps))
+            return np.round(np.linspace(0, num_steps - 1, num_sample_steps))
         case "trailing":
-            ascending = np.round(num_steps - i * (num_steps / num_sample_steps))[::-1] - 1
-        case _:
-            raise ValueError(f"spacing must be one of {get_args(Spacing)}; got {spacing!r}.")
-    return ascending.astype(np.int32)[::-1].copy()
+            return np.round(num_steps - i * (num_steps / num_sample_steps))[::-1] - 1
 
 
 def _check_indices(timesteps: Timesteps, num_steps: int) -> Int[Array, "S"]:

@@ -82,9 +82,9 @@ def train_step(
     """The next state, and metrics "loss" and "grad_norm" (before clipping), float32 scalars.
 
     `batch` holds this device's share of the global batch, in order. Under pmap or shard_map name
-    the axis: losses and gradients are then averaged over it. With `num_microbatches` the share is taken in
-    that many equal parts, one after another, to save memory; the update is the same. `frozen` are
-    the arrays that the loss reads and nobody changes.
+    the axis: losses and gradients are then averaged over it. With `num_microbatches` the share is
+    taken in that many equal parts, one after another, to save memory; the update is the same.
+    `frozen` are the arrays that the loss reads and nobody changes.
     The average's decay is min(ema_decay, (1 + step) / (10 + step)), so that a short run's average
     is not its noise; without `ema_warmup` it is ema_decay from the first step on, for an average
     that is worth keeping. A state is spoilt where "loss" or "grad_norm" is not finite: check both

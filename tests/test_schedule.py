@@ -236,7 +236,7 @@ def test_nearest_is_the_index_with_the_nearest_log_snr(schedule):
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_ddim_timesteps_for_every_number_of_steps(spacing):
-    for S in range(1, 1001):
+    for S in range(2, 1000):
         got = dj.ddim_timesteps(1000, S, spacing)
         assert got.dtype == np.int32 and got.shape == (S,)
         exact, denominator = reference.timesteps(1000, S, spacing)
@@ -256,8 +256,49 @@ def test_the_sub_sequences_printed_in_the_specification():
     assert ten["trailing"] == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 1000, 4001])
+def test_all_steps_are_each_index_once_and_one_step_starts_at_noise(num_steps, spacing):
+    all_of_them = dj.ddim_timesteps(num_steps, num_steps, spacing)
+    np.testing.assert_array_equal(all_of_them, range(num_steps - 1, -1, -1))
+    assert dj.ddim_timesteps(num_steps, 1, spacing).tolist() == [num_steps - 1]
+
+
+def test_one_step_from_noise_gives_the_mean_of_the_data_and_not_noise():
+    """All data is the one image 0.5: eps is known, and its x0 from any x_T is that image."""
+    schedule = dj.linear_schedule(1000)
+
+    def eps_fn(x, t):
+        ab = schedule.alpha_bar(t)
+        return (x - jnp.sqrt(ab) * 0.5) / jnp.sqrt(1 - ab)
+
+    x_T = jax.random.normal(jax.random.key(0), (100,))
+    for spacing in SPACINGS:
+        x = dj.sample(None, eps_fn, schedule, x_T, dj.ddim_timesteps(1000, 1, spacing))
+        np.testing.assert_allclose(x, 0.5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps", "start"),
+    [("uniform", 501, 500), ("uniform", 2, 500), ("uniform", 3, 666), ("uniform", 690, 689)],
+)
+def test_a_sub_sequence_that_starts_short_of_noise_warns(spacing, steps, start):
+    with pytest.warns(UserWarning, match=rf'starts at t = {start},.*spacing="trailing"') as caught:
+        dj.linear_schedule(1000).timesteps(steps, spacing)
+    assert len(caught) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_others_do_not_warn():
+    for S in [1, 4, 10, 20, 50, 100, 250, 333, 500, 701, 1000]:
+        for spacing in SPACINGS:
+            dj.ddim_timesteps(1000, S, spacing)
+    for S in [2, 3, 501]:
+        dj.ddim_timesteps(1000, S, "trailing")
+
+
 def test_uniform_equals_the_published_range_when_steps_divide():
-    for S in [1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500, 1000]:
+    for S in [2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500, 1000]:
         assert dj.ddim_timesteps(1000, S).tolist() == list(range(0, 1000, 1000 // S))[::-1]
 
 
