@@ -7,8 +7,19 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Value = TypeVar("Value")
+
+NUM_SEEDS = 2**32
+"""Seeds are 0 .. NUM_SEEDS - 1: a larger one would be wrapped by JAX to another's numbers."""
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless `seed` is a whole number in [0, 2**32)."""
+    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not whole or not 0 <= seed < NUM_SEEDS:
+        raise ValueError(f"seed must be in [0, {NUM_SEEDS}), 32 bits; got {seed!r}.")
 
 
 def check_same_shape(name: str, array: jax.Array, x: jax.Array) -> None:

@@ -29,6 +29,7 @@ from common.sweep_store import read_results
 from common.sweep_table import markdown_section, protocol, row_of, rows_of, scores
 from presets import PRESETS
 
+from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.data.load import load_images
 from ddim_jax.data.pixels import to_model_range, to_uint8
 from ddim_jax.data.stream import sequential_batches
@@ -63,7 +64,7 @@ class DemoConfig:
     """Samples behind each number of the table."""
     train_steps: int = option(1200, at_least=1)
     """Updates of the training run."""
-    seed: int = option(0, at_least=0, below=2**32)
+    seed: int = option(0, at_least=0, below=NUM_SEEDS)
     """Of everything."""
 
 

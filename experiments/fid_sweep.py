@@ -43,6 +43,7 @@ from common.sweep_store import (
 )
 from common.sweep_table import PaperTable, describe, duration
 
+from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.files import only_one_process
 from ddim_jax.parallel import index_batches
 from ddim_jax.paths import File, Folder
@@ -79,7 +80,7 @@ class SweepConfig(MetricOptions, SpacingOptions, ModelOptions):
     """Each row once for each of these sub-sequences, in place of --spacing."""
     num_samples: int = option(50_000, at_least=2)
     """N, images behind each number: exactly as many."""
-    seed: int = option(0, at_least=0, below=2**32)
+    seed: int = option(0, at_least=0, below=NUM_SEEDS)
     """Image i depends on (seed, i) alone."""
     batch_size: int | None = option(None, at_least=1)
     """Images drawn at once; if not given, what fits into the devices' memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.codec import CODECS, PIXELS, Codec
 from ddim_jax.objectives import DENOISING, OBJECTIVES, Objective
 from ddim_jax.paths import DataName, Folder
@@ -65,7 +66,7 @@ class TrainConfig:
     """Start from the weights of this workdir, trained or converted, instead of random ones; the
     average then goes on from its average, without a warm-up."""
 
-    seed: int = option(0, at_least=0, below=2**32)
+    seed: int = option(0, at_least=0, below=NUM_SEEDS)
     """Of the initial weights, the order of the data and all noise."""
     max_seconds: float | None = option(None, at_least=0, may_change=True)
     """Stop cleanly, with a checkpoint, after this long; the next call goes on from there."""
