@@ -82,6 +82,20 @@ def _from_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
     return rest | ({"objective": {"name": "denoising", **old}} if old else {})
 
 
+def as_begun(config: TrainConfig) -> TrainConfig:
+    """The settings with those that the run in the folder has and its version could not say.
+
+    Its average was warmed up; the presets that have its name may do otherwise today.
+    """
+    workdir = local_path(config.workdir, "workdir", "folder")
+    if not (has_checkpoints(workdir) and (workdir / "config.json").is_file()):
+        return config
+    if "ema_warmup" in read_config(workdir) or config.ema_warmup:
+        return config
+    print(f"{workdir} was begun when every average was warmed up, and goes on so: ema_warmup")
+    return dataclasses.replace(config, ema_warmup=True)
+
+
 def write_config(workdir: str | pathlib.Path, config: Mapping[str, Any]) -> None:
     """Write config.json, or raise ValueError if the one there is of another run.
 
