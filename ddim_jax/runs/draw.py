@@ -32,13 +32,18 @@ def to_pixels(x: Float[Array, "B *shape"]) -> Pixels:
 
 def checked_images(pixels: Pixels) -> UInt8[np.ndarray, "B *shape"]:
     """The images. Raises FloatingPointError where one is not finite, which would show as black."""
-    finite = np.asarray(pixels.finite)
+    check_finite(pixels.finite)
+    return np.asarray(pixels.images)
+
+
+def check_finite(finite: Bool[Array, "B"] | Bool[np.ndarray, "B"]) -> None:
+    """Raise FloatingPointError unless all images were finite."""
+    finite = np.asarray(finite)
     if not finite.all():
         raise FloatingPointError(
             f"{np.sum(~finite)} of {len(finite)} images are not finite: the weights, or the "
             "sampler with these settings, diverged. Nothing was written of them."
         )
-    return np.asarray(pixels.images)
 
 
 def marked_images(pixels: Pixels) -> UInt8[np.ndarray, "B H W C"]:
