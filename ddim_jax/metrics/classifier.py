@@ -152,11 +152,11 @@ def load_classifier(path: str | os.PathLike) -> TrainedClassifier:
     if header is None:
         raise ValueError(f"{path} is not a classifier: its header has no entry {_HEADER!r}.")
     kinds = {"num_classes": int, "width": int, "content_hash": str, "metadata": dict}
-    if not isinstance(header, dict) or (missing := kinds.keys() - header.keys()):
-        lacks = (
-            f"lacks {', '.join(sorted(missing))}" if isinstance(header, dict) else "is no object"
-        )
-        raise ValueError(f"{path} is not a classifier: its entry {_HEADER!r} {lacks}.")
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is not a classifier: its entry {_HEADER!r} is no object.")
+    if missing := kinds.keys() - header.keys():
+        lacks = ", ".join(sorted(missing))
+        raise ValueError(f"{path} is not a classifier: its entry {_HEADER!r} lacks {lacks}.")
     with naming(path):
         check_types(header, kinds, "Train the classifier anew.")
     params = traverse_util.unflatten_dict(tensors, sep="/")
