@@ -214,9 +214,10 @@ def _read(record: pathlib.Path, images: pathlib.Path) -> SampleSet | None:
         )
     content = {"label": None} | content
     try:
-        if missing := [key for key in _CONTENT if "." not in key and key not in content]:
-            raise ValueError(f"it lacks {', '.join(missing)}.")
         check_types(content, _CONTENT)
+        needed = (key for key in _CONTENT if key not in ("fingerprint.weights", "batch_size"))
+        if missing := [key for key in needed if key not in content]:
+            raise ValueError(f"it lacks {', '.join(missing)}.")
         if missing := {"kind", "step"} - content["fingerprint"].get("weights", {}).keys():
             raise ValueError(f"fingerprint.weights lacks {', '.join(sorted(missing))}.")
     except ValueError as error:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Array, Bool, UInt8
 
 from common.measures import Features, Measure
 from common.sweep_store import Cell
@@ -44,9 +44,9 @@ def image_programs(spec: RunSpec, cells: Iterable[Cell]) -> dict[ProgramKey, Ima
 class Batch(NamedTuple):
     """Images, and their features for each measure."""
 
-    images: UInt8[np.ndarray, "B H W C"] | None
+    images: UInt8[Array, "B H W C"] | UInt8[np.ndarray, "B H W C"] | None
     """None where nobody looks at them: they stay on the device, which measured them."""
-    finite: Bool[np.ndarray, "B"]
+    finite: Bool[Array, "B"] | Bool[np.ndarray, "B"]
     features: dict[str, Features]  # by network
 
     def first(self, size: int) -> Batch:
