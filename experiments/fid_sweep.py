@@ -271,7 +271,7 @@ def _measure(sweep: Sweep, cell: Cell, name: str, batch_size: int) -> Progress:
         images, finite, features = batch.first(len(indices))
         check_finite(finite)
         if images is not None:
-            _keep_pictures(sweep, name, indices, images)
+            _keep_pictures(sweep, name, indices, np.asarray(images))
         states = {
             measure.name: measure.update(
                 progress.states[measure.name], features[measure.name], indices

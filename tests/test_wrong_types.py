@@ -91,7 +91,7 @@ def test_a_scheduler_of_wrong_types_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "key",
-    ["sample_size", "in_channels", "block_out_channels", "down_block_types", "layers_per_block",
+    ["in_channels", "block_out_channels", "down_block_types", "layers_per_block",
      "dropout", "norm_num_groups", "num_class_embeds"],
 )  # fmt: skip
 def test_a_network_of_wrong_types_is_named(key):

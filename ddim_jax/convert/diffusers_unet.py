@@ -54,7 +54,7 @@ _ONLY = {
     "class_embed_type": (None, None),
 }
 _TYPES = {
-    **dict.fromkeys(("sample_size", "in_channels", "out_channels", "layers_per_block"), int),
+    **dict.fromkeys(("in_channels", "out_channels", "layers_per_block"), int),
     **dict.fromkeys(("down_block_types", "up_block_types"), tuple[str, ...]),
     "block_out_channels": tuple[int, ...],
     "dropout": float,

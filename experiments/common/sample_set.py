@@ -212,7 +212,7 @@ def _read(record: pathlib.Path, images: pathlib.Path) -> SampleSet | None:
             f"{record} must be of format {FORMAT}, which this version reads; got {found!r}. Use "
             "the version that wrote it, or a newer one."
         )
-    content = {"label": None} | content
+    content: dict[str, Any] = {"label": None, **content}
     try:
         check_types(content, _CONTENT)
         needed = (key for key in _CONTENT if key not in ("fingerprint.weights", "batch_size"))
