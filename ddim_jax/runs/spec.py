@@ -269,8 +269,9 @@ def spec_from(config: Mapping[str, Any]) -> RunSpec:
     Raises KeyError, TypeError or ValueError for what describes no run.
     """
     check_types(config, _KINDS)
-    check_types(config["model"], get_type_hints(ModelConfig))
-    check_types(config["schedule"], get_type_hints(ScheduleConfig))
+    for part, settings in (("model", ModelConfig), ("schedule", ScheduleConfig)):
+        kinds = get_type_hints(settings).items()
+        check_types(config, {f"{part}.{name}": kind for name, kind in kinds})
     if (rounding := config.get("rounding", ROUNDING)) != ROUNDING:
         raise ValueError(f"rounding must be {ROUNDING}, the only one there is; got {rounding!r}.")
     return RunSpec(
