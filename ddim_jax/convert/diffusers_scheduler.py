@@ -124,7 +124,7 @@ _PARTS = {  # setting -> the setting that it is part of
 SCHEDULER_TYPES = {
     **dict.fromkeys(("beta_start", "beta_end"), float),
     **dict.fromkeys(("rescale_betas_zero_snr", "predict_epsilon", "use_flow_sigmas"), bool | None),
-    **dict.fromkeys(("beta_schedule", "prediction_type", "timestep_spacing"), str),
+    **dict.fromkeys(("beta_schedule", "prediction_type", "timestep_spacing"), str | None),
     "num_train_timesteps": int,
     "trained_betas": tuple[float, ...] | None,
 }
