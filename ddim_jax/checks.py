@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import types
+import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Value = TypeVar("Value")
+
+NUM_SEEDS = 2**32
+"""Seeds are 0 .. NUM_SEEDS - 1: a larger one would be wrapped by JAX to another's numbers."""
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless `seed` is a whole number in [0, 2**32)."""
+    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not whole or not 0 <= seed < NUM_SEEDS:
+        raise ValueError(f"seed must be in [0, {NUM_SEEDS}), 32 bits; got {seed!r}.")
 
 
 def check_same_shape(name: str, array: jax.Array, x: jax.Array) -> None:
@@ -70,3 +82,68 @@ def look_up(name: str, value: str, table: Mapping[str, Value]) -> Value:
     """table[value]; ValueError, listing the names of the table, if it has none such."""
     check_one_of(name, value, table)
     return table[value]
+
+
+# ---------------------------------------------------------------------------------------------
+# What a file holds
+
+
+def check_types(content: Mapping[str, Any], kinds: Mapping[str, Any], way_out: str = "") -> None:
+    """Raise ValueError for an entry of a JSON object that is of another type than is said.
+
+    `kinds`: key -> type, as a dataclass is annotated: int, float (an int will do), bool, str, dict,
+    Mapping, None, tuple[int, ...] (a list in JSON), Literal, unions of those. "weights.kind" is an
+    entry of an entry. Keys that are absent, and those not in `kinds`, are not looked at.
+    """
+    for key, kind in kinds.items():
+        *outer, last = key.split(".")
+        place: Any = content
+        for name in outer:
+            place = place.get(name) if isinstance(place, Mapping) else None
+        if isinstance(place, Mapping) and last in place and not _is_of(place[last], kind):
+            message = f"{key} must be {_in_words(kind)}; got {place[last]!r}. {way_out}"
+            raise ValueError(message.rstrip())
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _is_of(value, inner[0])
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of(value, one) for one in inner)
+    if origin is Literal:
+        return isinstance(value, str | int) and value in inner
+    if origin is tuple:
+        several = [inner[0]] * len(value) if isinstance(value, list | tuple) else None
+        wanted = several if inner[-1] is ... else inner
+        return several is not None and len(wanted or ()) == len(value) and all(
+            map(_is_of, value, wanted or ())
+        )  # fmt: skip
+    if kind is Any:
+        return True
+    if isinstance(value, bool):  # which Python counts as an int
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float)
+    return isinstance(value, types.NoneType if kind is None else origin or kind)
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a string",
+    dict: "an object", None: "null", types.NoneType: "null", Mapping: "an object",
+}  # fmt: skip
+
+
+def _in_words(kind: Any) -> str:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _in_words(inner[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_in_words, inner))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    if origin is tuple:
+        return f"a list, each entry {_in_words(inner[0])}" + (
+            "" if inner[-1] is ... else f", {len(inner)} of them"
+        )
+    return _WORDS.get(kind) or _WORDS.get(origin) or kind.__name__

@@ -84,6 +84,15 @@ def read_json(
     return content
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts the file's path before the message of a ValueError about its content."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def read_npz(
     path: str | os.PathLike[str],
     what: str,

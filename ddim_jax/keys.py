@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
+from ddim_jax.checks import check_seed
 from ddim_jax.types import PRNGKey, Time
 
 Indices = Int[Array, "B"] | Int[np.ndarray, "B"]
@@ -24,8 +25,7 @@ def seed_key(seed: int) -> Key[Array, ""]:
 
     So that (seed, i) names an image. Raises ValueError for another seed: JAX would wrap it.
     """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, {2**32}), 32 bits; got {seed}.")
+    check_seed(seed)
     return jax.random.key(seed, impl="threefry2x32")
 
 

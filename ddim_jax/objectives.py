@@ -213,7 +213,7 @@ def drop_labels(
     """
 
     def drop(key, label):
-        dropped = jax.random.bernoulli(jax.random.fold_in(key, 3), rate)
+        dropped = jax.random.bernoulli(jax.random.fold_in(key, 3), jnp.float32(rate))
         return jnp.where(dropped, num_classes, label)
 
     return jax.vmap(drop)(keys, labels)

@@ -103,7 +103,8 @@ class Schedule:
 
     def draw(self, key: PRNGKey, /, shape: tuple[int, ...] = ()) -> Int[Array, "..."]:
         """Indices uniform over [0, T - 1]."""
-        return jax.random.randint(key, shape, 0, self.num_steps)
+        # Under x64 other bits would be drawn, of int64.
+        return jax.random.randint(key, shape, 0, self.num_steps, jnp.int32)
 
     def mirror(self, t: Int[Array, "*index"], /) -> Int[Array, "*index"]:
         """T - 1 - t."""

@@ -14,7 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ddim_jax.objectives import Batch, Frozen, LossFn, LossInputs, Params
 
@@ -85,10 +85,8 @@ def train_step(
     the axis: losses and gradients are then averaged over it. With `num_microbatches` the share is
     taken in that many equal parts, one after another, to save memory; the update is the same.
     `frozen` are the arrays that the loss reads and nobody changes.
-    The average's decay is min(ema_decay, (1 + step) / (10 + step)), so that a short run's average
-    is not its noise; without `ema_warmup` it is ema_decay from the first step on, for an average
-    that is worth keeping. A state is spoilt where "loss" or "grad_norm" is not finite: check both
-    before keeping it.
+    The average's decay is `average_decay`; without `ema_warmup` it is ema_decay from the first step
+    on. A state is spoilt where "loss" or "grad_norm" is not finite: check both before keeping it.
     """
     size = jax.tree.leaves(batch)[0].shape[0]
     chex.assert_tree_shape_prefix(dict(batch), (size,))
@@ -122,7 +120,7 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
-    decay = jnp.minimum(ema_decay, (1 + step) / (10 + step)) if ema_warmup else ema_decay
+    decay = average_decay(step, ema_decay) if ema_warmup else ema_decay
     ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
     return TrainState(step, params, ema_params, opt_state, state.key, loss_state), metrics
@@ -145,6 +143,19 @@ def _of_each_device(tree: Any, axis_name: str | None) -> Any:
 
 def _varies(leaf: jax.Array, axis_name: str) -> bool:
     return axis_name in jax.typeof(leaf).manual_axis_type.varying
+
+
+def average_decay(step: Int[Array, ""], ema_decay: float) -> Float[Array, ""]:
+    """The decay of update `step`, from 1, while it warms up: min(ema_decay, (1 + n) / (10 + n)).
+
+    So that a short run's average is not its random start: update m then counts like m ** 8, and the
+    mean age of what is averaged is n / 10 updates, until the decay is ema_decay at
+    n = 9 / (1 - ema_decay). A constant decay averages over 1 / (1 - ema_decay) updates from the
+    start on, in which the first weights count for ema_decay ** n; DDPM's code does that.
+    """
+    # Under x64 a quotient of integers would be float64, and make the average that.
+    rising = (1 + step).astype(jnp.float32) / (10 + step).astype(jnp.float32)
+    return jnp.minimum(ema_decay, rising)
 
 
 def _over_microbatches(function, params, loss_state, examples, num_parts: int):

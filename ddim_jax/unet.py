@@ -221,8 +221,8 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """x with mean 0 and variance 1 in each group of channels, then scaled and shifted."""
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         x = x.astype(jnp.float32)
         x = x - self._group_mean(x)
         x = x * jax.lax.rsqrt(self._group_mean(jnp.square(x)) + 1e-6)

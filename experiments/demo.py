@@ -29,14 +29,23 @@ from common.sweep_store import read_results
 from common.sweep_table import markdown_section, protocol, row_of, rows_of, scores
 from presets import PRESETS
 
+from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.data.load import load_images
-from ddim_jax.data.pixels import to_model_range, to_uint8
+from ddim_jax.data.pixels import to_model_range
 from ddim_jax.data.stream import sequential_batches
 from ddim_jax.keys import initial_noise, seed_key
 from ddim_jax.metrics.features import FeatureName
 from ddim_jax.metrics.frechet import frechet_distance_from_features
 from ddim_jax.paths import Folder
-from ddim_jax.runs import DrawInputs, Run, draw_images, image_program, load_trained
+from ddim_jax.runs import (
+    DrawInputs,
+    Run,
+    checked_images,
+    draw_images,
+    image_program,
+    load_trained,
+    to_pixels,
+)
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.samplers import ddim_or_sigma_hat, sample_trajectory
 
@@ -63,7 +72,7 @@ class DemoConfig:
     """Samples behind each number of the table."""
     train_steps: int = option(1200, at_least=1)
     """Updates of the training run."""
-    seed: int = option(0, at_least=0, below=2**32)
+    seed: int = option(0, at_least=0, below=NUM_SEEDS)
     """Of everything."""
 
 
@@ -192,7 +201,7 @@ def _draw_denoising(path: pathlib.Path, run: Run, seed: int) -> None:
     )(run.params, x_T)
     shown = np.linspace(0, 49, 10).round().astype(int)
     # (states or predictions, step, image, ...) -> image, states or predictions, step
-    both = np.asarray(to_uint8(jnp.stack([states[:-1][shown], x0s[shown]])))
+    both = checked_images(to_pixels(jnp.stack([states[:-1][shown], x0s[shown]])))
     rows = both.transpose(2, 0, 1, 3, 4, 5)
     pictures.save_png(
         path, pictures.enlarge(pictures.tile(rows.reshape(-1, *rows.shape[3:]), 10), 560)

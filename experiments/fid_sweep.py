@@ -43,10 +43,11 @@ from common.sweep_store import (
 )
 from common.sweep_table import PaperTable, describe, duration
 
+from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.files import only_one_process
 from ddim_jax.parallel import index_batches
 from ddim_jax.paths import File, Folder
-from ddim_jax.runs import checked_images
+from ddim_jax.runs import check_finite
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.schedule import Spacing
 from ddim_jax.solvers import SAMPLERS, named_sampler
@@ -79,7 +80,7 @@ class SweepConfig(MetricOptions, SpacingOptions, ModelOptions):
     """Each row once for each of these sub-sequences, in place of --spacing."""
     num_samples: int = option(50_000, at_least=2)
     """N, images behind each number: exactly as many."""
-    seed: int = option(0, at_least=0, below=2**32)
+    seed: int = option(0, at_least=0, below=NUM_SEEDS)
     """Image i depends on (seed, i) alone."""
     batch_size: int | None = option(None, at_least=1)
     """Images drawn at once; if not given, what fits into the devices' memory."""
@@ -264,11 +265,13 @@ def _measure(sweep: Sweep, cell: Cell, name: str, batch_size: int) -> Progress:
         for indices in index_batches(whole, batch_size, progress.count)
         if indices[0] < config.num_samples  # none is left of a cell that was killed at its end
     ]
-    drawn = sweep.drawer.draw(cell, batches)
+    drawn = sweep.drawer.draw(cell, batches, lambda indices: indices[0] == 0 or config.save_images)
     for number, (indices, batch) in enumerate(zip(batches, drawn, strict=True), 1):
         indices = indices[indices < config.num_samples]
-        pixels, features = batch.first(len(indices))
-        _keep_pictures(sweep, name, indices, checked_images(pixels))
+        images, finite, features = batch.first(len(indices))
+        check_finite(finite)
+        if images is not None:
+            _keep_pictures(sweep, name, indices, np.asarray(images))
         states = {
             measure.name: measure.update(
                 progress.states[measure.name], features[measure.name], indices

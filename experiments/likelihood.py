@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from common import cli, figures, real
+from common.exact import exact
 from common.options import DrawOptions, ModelOptions, RealImageOptions
 from common.results import write_results
 
 from ddim_jax.bound import BoundTerms, fixed_large_sigmas, process_sigmas, variational_bound
+from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.keys import image_keys, seed_key
 from ddim_jax.parallel import map_rows, over_devices
 from ddim_jax.paths import Folder
@@ -46,7 +48,7 @@ class LikelihoodConfig(DrawOptions, RealImageOptions, ModelOptions):
     """S, the number of steps; all of the trained schedule if not given."""
     spacing: Spacing = "uniform"
     """Sub-sequence of time indices; must not repeat one."""
-    seed: int = option(0, at_least=0, below=2**32)
+    seed: int = option(0, at_least=0, below=NUM_SEEDS)
     """Of the noise: image i's depends on (seed, i) alone."""
     batch_size: int = option(250, at_least=1)
     """Images measured at once."""
@@ -102,7 +104,7 @@ def _processes(spec: RunSpec, timesteps: Timesteps, etas: tuple[float, ...]) -> 
     }
     for eta in etas:
         sigma = process_sigmas(spec.schedule, timesteps, eta)
-        processes[f"eta = {eta:g}"] = (sigma, sigma)
+        processes[f"eta = {exact(eta)}"] = (sigma, sigma)
     return processes
 
 

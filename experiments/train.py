@@ -36,7 +36,7 @@ class _Bar(Watcher):
     def update(self, step: int) -> None:
         self._bar.update(1)
 
-    def line(self, line: dict[str, float]) -> None:
+    def line(self, line: dict[str, int | float]) -> None:
         loss, rate = line["loss"], line["images_per_second"]
         self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
 
@@ -51,14 +51,17 @@ class _Board(Watcher):
         self._workdir, self._board = workdir, None
 
     def start(self, step: int, max_steps: int) -> None:
-        del step, max_steps
+        del max_steps
         if jax.process_index() == 0:
-            self._board = tensorboardX.SummaryWriter(str(self._workdir / "tensorboard"))
+            self._board = tensorboardX.SummaryWriter(
+                str(self._workdir / "tensorboard"), purge_step=step + 1
+            )
 
-    def line(self, line: dict[str, float]) -> None:
+    def line(self, line: dict[str, int | float]) -> None:
         if self._board is not None:
             for name in line.keys() - {"step"}:
                 self._board.add_scalar(name, line[name], int(line["step"]))
+            self._board.flush()  # a killed run goes on after its checkpoint, and logs no line twice
 
     def images(self, step: int, images: np.ndarray) -> None:
         if self._board is not None:

@@ -23,9 +23,11 @@ import tyro
 from common import cli
 from common.measures import CLASSIFIER_FILE
 
+from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.data.load import load_images
 from ddim_jax.data.source import ImageSource
 from ddim_jax.data.stream import batches, sequential_batches
+from ddim_jax.keys import seed_key
 from ddim_jax.metrics.classifier import (
     Classifier,
     apply_classifier,
@@ -63,7 +65,7 @@ class ClassifierConfig:
     """Adam's rate at the start; a cosine takes it to 0."""
     flip: bool = True
     """Mirror images left to right at random."""
-    seed: int = option(0, at_least=0)
+    seed: int = option(0, at_least=0, below=NUM_SEEDS)
     """Of the weights and the order of the data."""
 
 
@@ -107,13 +109,13 @@ def main(config: ClassifierConfig) -> None:
 def _train(config: ClassifierConfig, model: Classifier, train_set: ImageSource) -> Any:
     """The weights after the last update."""
     tx = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.num_steps))
-    params = init_classifier(jax.random.key(config.seed), model, train_set.image_shape)
+    params = init_classifier(seed_key(config.seed), model, train_set.image_shape)
     update = jax.jit(functools.partial(_update, model, tx, config.flip), donate_argnums=(0, 1))
     opt_state = tx.init(params)
     stream = batches(train_set, config.batch_size, seed=config.seed)
     for step in range(config.num_steps):
         batch = next(stream)
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        key = jax.random.fold_in(seed_key(config.seed), step)
         params, opt_state, loss = update(params, opt_state, key, batch["image"], batch["label"])
         if (step + 1) % max(1, config.num_steps // 10) == 0:
             if not np.isfinite(loss):

@@ -32,6 +32,14 @@ def test_to_uint8_rounds_to_nearest_and_clips():
     assert to_uint8(jnp.zeros((3, 2), jnp.bfloat16)).shape == (3, 2)
 
 
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray])
+def test_a_nan_is_no_black_pixel(kind):
+    x = kind(np.float32([0.5, np.nan, np.nan]))
+    with pytest.raises(FloatingPointError, match="2 of its 3 values are NaN, and would be black"):
+        to_uint8(x)
+    assert jax.jit(to_uint8)(x)[0] == 191  # where it cannot be seen
+
+
 def test_pixels_need_no_pil():
     program = "import sys, ddim_jax.data.pixels; assert 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

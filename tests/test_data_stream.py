@@ -120,7 +120,7 @@ def test_the_image_stays_with_its_label():
         (dict(batch_size=7, shard_count=2), "batch_size must be a positive multiple.*2.*got 7"),
         (dict(batch_size=8, shard_index=2, shard_count=2), "shard_index.*got 2 of 2"),
         (dict(batch_size=8, shard_index=-1), "shard_index"),
-        (dict(batch_size=8, seed=-1), "seed must be at least 0; got -1"),
+        (dict(batch_size=8, seed=-1), r"seed must be in \[0, 4294967296\), 32 bits; got -1"),
         (dict(batch_size=8, start_step=-1), "start_step must be at least 0"),
     ],
 )

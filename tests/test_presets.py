@@ -48,6 +48,11 @@ def test_the_two_recipes_differ_where_the_two_codes_do():
     assert ddpm.model == torch.model
 
 
+def test_published_presets_average_from_the_start_as_ddpm_and_short_ones_do_not():
+    warmed = {name for name, (_, config) in PRESETS.items() if config.ema_warmup}
+    assert warmed == {"digits", "digits-v"}
+
+
 def test_digits_v_differs_from_digits_in_its_noise_alone():
     """v, on a schedule whose last level is pure noise, which a trailing sub-sequence visits."""
     digits, digits_v = PRESETS["digits"][1], PRESETS["digits-v"][1]

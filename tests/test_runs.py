@@ -85,8 +85,8 @@ def test_watchers_hear_every_step_line_and_picture(tmp_path):
 
     names = ["grad_norm", "images_per_second", "loss", "step"]
     fit(of(tmp_path, max_steps=2, sample_every=2), [Ear()])
-    assert heard == [("start", 0, 2), 1, ("images", 2, (64, 8, 8, 1), np.uint8), 2,
-                     ("line", 2, names), "close"]  # fmt: skip
+    assert heard == [("start", 0, 2), 1, 2, ("line", 2, names),
+                     ("images", 2, (64, 8, 8, 1), np.uint8), "close"]  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [sorted(line) for line in lines] == [names]
 

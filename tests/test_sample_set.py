@@ -221,7 +221,7 @@ def test_a_folder_without_samples_json_is_named_by_its_kinds(finished, tmp_path,
     [
         ("{", "is not JSON, or damaged"),
         ('{"format": 2}', "must be of format 1.*got 2"),
-        ('{"format": 1, "num_images": "5"}', "num_images is '5'"),
+        ('{"format": 1, "num_images": "5"}', "num_images must be a whole number; got '5'"),
     ],
 )
 def test_a_record_that_cannot_be_read_is_named(trained, own, text, message):

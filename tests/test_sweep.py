@@ -23,12 +23,14 @@ pytest.importorskip("sklearn")
 
 import fid
 import fid_sweep
+import likelihood
 import make_statistics
 import sample
 import train_classifier
 import tyro
-from common.sweep_draw import image_programs
+from common.sweep_draw import Drawer, image_programs
 from common.sweep_store import Cell, read_results
+from common.sweep_table import rows_of
 from presets import PRESETS
 from test_sweep_report import LINE
 
@@ -41,7 +43,7 @@ from ddim_jax.metrics.metric import Metric, Number
 from ddim_jax.metrics.precision_recall import density_coverage, precision_recall
 from ddim_jax.metrics.statistics import load_statistics
 from ddim_jax.metrics.table import METRICS
-from ddim_jax.runs import ModelConfig, fit, load_trained
+from ddim_jax.runs import ModelConfig, RunSpec, ScheduleConfig, fit, load_trained
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = ModelConfig(
@@ -735,3 +737,39 @@ def test_settings_that_look_alike_have_files_of_their_own():
     etas = (0.3333333, 0.33333334, 0.1)
     names = [Cell(10, "ddim", eta, 1.0, "uniform").name("uniform") for eta in etas]
     assert len(set(names)) == 3 and names[2] == "S0010_eta_0.1"
+
+
+def test_settings_that_look_alike_have_rows_of_their_own():
+    etas = (0.3333333, 0.33333334, 0.1)
+    scales = (1.2345678, 1.2345679)
+    cells = [(eta, scale) for eta in etas for scale in scales]
+    line = {"sampler": "ddim", "spacing": "uniform"}
+    titles = rows_of([line | {"eta": eta, "guidance_scale": scale} for eta, scale in cells])
+    assert len(set(titles.values())) == len(cells)
+    assert "eta = 0.33333334, guidance 1.2345679" in titles.values()
+    spec = RunSpec(ModelConfig(channels=8, norm_groups=4), ScheduleConfig(), (8, 8, 1))
+    rows = likelihood._processes(spec, np.array([900, 500, 100]), etas)
+    assert list(rows)[2:] == ["eta = 0.3333333", "eta = 0.33333334", "eta = 0.1"]
+
+
+@pytest.mark.parametrize("save_images, want", [(False, {0: 12}), (True, {0: 12, 12: 12})])
+def test_only_images_that_are_shown_leave_the_device(
+    config, save_images, want, tmp_path, monkeypatch
+):
+    draw, came = Drawer.draw, {}
+
+    def heard(self, cell, batches, *is_shown):
+        for indices, batch in zip(batches, draw(self, cell, batches, *is_shown), strict=True):
+            if batch.images is not None:
+                assert isinstance(batch.images, np.ndarray)
+                came[int(indices[0])] = len(batch.images)
+            assert isinstance(batch.finite, np.ndarray) and len(batch.finite) == len(indices)
+            yield batch
+
+    monkeypatch.setattr(Drawer, "draw", heard)
+    fid_sweep.main(dataclasses.replace(config, out=str(tmp_path), etas=(0.0,),
+                                       save_images=save_images))  # fmt: skip
+    assert came == want
+    written = sorted((tmp_path / "images").rglob("*.png"))
+    assert len(written) == (21 if save_images else 0)
+    assert (tmp_path / "samples" / "S0003_eta_0.png").exists()

@@ -62,6 +62,17 @@ def test_long_runs_average_with_the_given_decay():
     np.testing.assert_allclose(state.ema_params, [0.001], rtol=1e-4)
 
 
+def test_a_decay_that_warms_up_averages_over_a_tenth_of_the_updates():
+    """Update m counts like m ** 8, whose mean is nine tenths of the way."""
+    n = np.arange(1, 2001)
+    decays = jax.vmap(lambda step: train.average_decay(step, 0.9999))(jnp.asarray(n))
+    weights = (1 - np.float64(decays)) * np.append(np.cumprod(decays[:0:-1], dtype=float)[::-1], 1)
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-4)
+    np.testing.assert_allclose((weights * (2000 - n)).sum(), 200, rtol=2e-3)
+    last = [train.average_decay(jnp.int32(n), 0.9999) for n in (89_000, 90_000)]  # 9 / (1 - decay)
+    assert last[0] < 0.9999 and last[1] == np.float32(0.9999)
+
+
 def test_warmup_rises_linearly_and_clipping_bounds_the_gradient():
     # Adam's first update is the rate times the gradient's sign, whatever its size.
     for steps_done, want in [(0, 0.0), (5, 0.5), (10, 1.0), (20, 1.0)]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from ddim_jax.checks import check_types
 from ddim_jax.convert.diffusers_files import (
     BIN,
     FETCH_AGAIN,
@@ -21,7 +22,7 @@ from ddim_jax.convert.diffusers_files import (
     find_weights,
     read_weights,
 )
-from ddim_jax.convert.diffusers_scheduler import scheduler_config
+from ddim_jax.convert.diffusers_scheduler import SCHEDULER_TYPES, scheduler_config
 from ddim_jax.convert.diffusers_unet import (
     NO_CLASS,
     config_from_unet,
@@ -30,8 +31,8 @@ from ddim_jax.convert.diffusers_unet import (
     unet_from_config,
 )
 from ddim_jax.convert.prefixes import without_prefix
-from ddim_jax.convert.tensors import Params, naming, write_safetensors
-from ddim_jax.files import read_json, write_whole
+from ddim_jax.convert.tensors import Params, write_safetensors
+from ddim_jax.files import naming, read_json, write_whole
 from ddim_jax.paths import local_path
 from ddim_jax.unet import UNet
 
@@ -165,7 +166,10 @@ def _read_scheduler(folder: pathlib.Path) -> dict[str, Any] | None:
         places.append(folder.parent.parent / "scheduler")
     for place in places:
         if (place / "scheduler_config.json").is_file():
-            return read_json(place / "scheduler_config.json", way_out=FETCH_AGAIN)
+            scheduler = read_json(place / "scheduler_config.json", way_out=FETCH_AGAIN)
+            with naming(place / "scheduler_config.json"):
+                check_types(scheduler, SCHEDULER_TYPES, FETCH_AGAIN)
+            return scheduler
     return None
 
 

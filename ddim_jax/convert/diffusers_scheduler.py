@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ddim_jax.checks import look_up
+from ddim_jax.checks import check_types, look_up
 from ddim_jax.schedule import (
     Schedule,
     Spacing,
@@ -121,12 +121,23 @@ _PARTS = {  # setting -> the setting that it is part of
 }
 
 
+SCHEDULER_TYPES = {
+    **dict.fromkeys(("beta_start", "beta_end"), float),
+    **dict.fromkeys(("rescale_betas_zero_snr", "predict_epsilon", "use_flow_sigmas"), bool | None),
+    **dict.fromkeys(("beta_schedule", "prediction_type", "timestep_spacing"), str | None),
+    "num_train_timesteps": int,
+    "trained_betas": tuple[float, ...] | None,
+}
+"""Of the settings that are read."""
+
+
 def complete_scheduler(scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler_config.json with the defaults of its class for the keys it lacks.
 
     One without "_class_name" counts as a DDPMScheduler. Raises ValueError, by its name, for a
     scheduler of another process, and for settings that make another process of it.
     """
+    check_types(scheduler, SCHEDULER_TYPES)
     name = scheduler.get("_class_name", "DDPMScheduler")
     defaults = _SAME_PROCESS.get(str(name).removeprefix("Flax"))
     if defaults is None:
@@ -202,6 +213,7 @@ def prediction_from_diffusers(scheduler: Mapping[str, Any]) -> Literal["eps", "v
     files of diffusers before 0.13, is false: then it is the data. Raises ValueError for another
     type, and for two entries that contradict each other.
     """
+    check_types(scheduler, SCHEDULER_TYPES)
     epsilon = scheduler.get("predict_epsilon")
     old = None if epsilon is None else "epsilon" if epsilon else "sample"
     name = scheduler.get("prediction_type", old or "epsilon")

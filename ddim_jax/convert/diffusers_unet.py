@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ddim_jax.checks import check_types
 from ddim_jax.convert.tensors import Params, StateDict, TorchName, from_torch, to_torch
 from ddim_jax.unet import UNet, parameter_shapes
 
@@ -51,6 +52,14 @@ _ONLY = {
     "resnet_time_scale_shift": ("default", "default"),
     "add_attention": (True, True),
     "class_embed_type": (None, None),
+}
+_TYPES = {
+    **dict.fromkeys(("in_channels", "out_channels", "layers_per_block"), int),
+    **dict.fromkeys(("down_block_types", "up_block_types"), tuple[str, ...]),
+    "block_out_channels": tuple[int, ...],
+    "dropout": float,
+    "norm_num_groups": int,
+    "num_class_embeds": int | None,
 }
 _REQUIRED = (
     "sample_size",
@@ -138,6 +147,7 @@ def _check_settings(config: Mapping[str, Any]) -> None:
     """ValueError, by its name, for a setting that our network does not have."""
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise ValueError(f"_class_name must be 'UNet2DModel'; got {config['_class_name']!r}.")
+    check_types(config, _TYPES)
     absent = [key for key in _REQUIRED if key not in config]
     if absent:
         raise ValueError(

@@ -20,11 +20,11 @@ from ddim_jax.convert.tensors import (
     StateDict,
     from_torch,
     is_torch_state_dict,
-    naming,
     read_torch,
     to_torch,
     torch_to_numpy,
 )
+from ddim_jax.files import naming
 from ddim_jax.paths import local_path
 from ddim_jax.unet import UNet, parameter_shapes
 

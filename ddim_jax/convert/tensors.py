@@ -6,9 +6,8 @@ our dense layers it stores as 1x1 convolutions.
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -66,15 +65,6 @@ def to_torch(
                 array = array[:, :, None, None]
         state_dict[torch_name(names)] = array
     return state_dict
-
-
-@contextlib.contextmanager
-def naming(path: pathlib.Path) -> Iterator[None]:
-    """Puts the file's path before the message of a ValueError about its content."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:

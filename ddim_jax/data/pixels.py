@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from ddim_jax.types import is_traced
+
 
 def to_model_range(
     image: UInt8[Array, "*shape"] | UInt8[np.ndarray, "*shape"],
@@ -20,6 +22,19 @@ def to_uint8(x: Float[Array, "*shape"] | Float[np.ndarray, "*shape"]) -> UInt8[A
 
     Rounds to nearest, so it inverts `to_model_range`. Tools that truncate instead give darker
     images and another Frechet distance.
+    A NaN, which has no uint8, is a FloatingPointError; under jit, where it is not known, black.
     """
+    if not is_traced(x) and (count := int(jnp.isnan(x).sum())):
+        raise FloatingPointError(
+            f"x must be finite to become uint8: {count} of its {x.size} values are NaN, and would "
+            "be black. The weights, or the sampler with these settings, diverged."
+        )
+    return nearest_levels(x)
+
+
+def nearest_levels(
+    x: Float[Array, "*shape"] | Float[np.ndarray, "*shape"],
+) -> UInt8[Array, "*shape"]:
+    """`to_uint8` of what is known to be finite, or is looked at beside (`runs.to_pixels`)."""
     levels = (jnp.asarray(x, jnp.float32) + 1) * 127.5
     return jnp.clip(jnp.round(levels), 0, 255).astype(jnp.uint8)

@@ -24,6 +24,7 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int
 
+from ddim_jax.checks import check_seed
 from ddim_jax.data.source import ArraySource, Example, ImageSource, decoding_threads, import_extra
 
 
@@ -35,7 +36,11 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
 def shuffled_indices(
     num_examples: int, seed: int, positions: Int[np.ndarray, "B"]
 ) -> Int[np.ndarray, "B"]:
-    """Which example stands at each position of the endless stream; see the top of this file."""
+    """Which example stands at each position of the endless stream; see the top of this file.
+
+    Raises ValueError for a seed outside [0, 2**32).
+    """
+    check_seed(seed)
     epochs, offsets = np.divmod(positions, num_examples)
     indices = np.empty_like(offsets)
     for epoch in np.unique(epochs):
@@ -72,7 +77,8 @@ def batches(
             f"batch_size must be a positive multiple of shard_count, {shard_count}, the number of "
             f"processes; got {batch_size}."
         )
-    for name, value in [("seed", seed), ("start_step", start_step), ("num_workers", num_workers)]:
+    check_seed(seed)
+    for name, value in [("start_step", start_step), ("num_workers", num_workers)]:
         if value < 0:
             raise ValueError(f"{name} must be at least 0; got {value}.")
 

@@ -26,10 +26,9 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array, Float, Int, UInt8
 
-from ddim_jax.checks import check_finite_weights
-from ddim_jax.convert.tensors import naming
+from ddim_jax.checks import check_finite_weights, check_types
 from ddim_jax.data.pixels import to_model_range
-from ddim_jax.files import write_whole
+from ddim_jax.files import naming, write_whole
 from ddim_jax.hashing import content_hash
 from ddim_jax.paths import local_path
 from ddim_jax.types import PRNGKey
@@ -148,10 +147,18 @@ def load_classifier(path: str | os.PathLike) -> TrainedClassifier:
             header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
             names = file.keys()
             tensors = {name: jnp.asarray(file.get_tensor(name)) for name in names}
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a classifier, or damaged: {error}") from error
     if header is None:
         raise ValueError(f"{path} is not a classifier: its header has no entry {_HEADER!r}.")
+    kinds = {"num_classes": int, "width": int, "content_hash": str, "metadata": dict}
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is not a classifier: its entry {_HEADER!r} is no object.")
+    if missing := kinds.keys() - header.keys():
+        lacks = ", ".join(sorted(missing))
+        raise ValueError(f"{path} is not a classifier: its entry {_HEADER!r} lacks {lacks}.")
+    with naming(path):
+        check_types(header, kinds, "Train the classifier anew.")
     params = traverse_util.unflatten_dict(tensors, sep="/")
     if (got := content_hash(params)) != header["content_hash"]:
         raise ValueError(

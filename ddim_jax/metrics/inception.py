@@ -28,7 +28,8 @@ from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
 from ddim_jax.checks import check_finite_weights
-from ddim_jax.convert.tensors import naming, read_safetensors, read_torch, torch_to_numpy
+from ddim_jax.convert.tensors import read_safetensors, read_torch, torch_to_numpy
+from ddim_jax.files import naming
 from ddim_jax.metrics.inception_weights import (
     WEIGHTS_FILE,
     WEIGHTS_SHA256,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
+from ddim_jax.checks import check_seed
 from ddim_jax.metrics.kept import (
     NUM_KEPT,
     KeptFeatures,
@@ -43,13 +44,15 @@ def kid(
 
     Averaged over random subsets, drawn without replacement; the defaults are the usual protocol.
     May be slightly negative where the sets agree. Raises ValueError when a set is smaller than a
-    subset, and on features that are not finite. Source: Binkowski et al. 2018 (arXiv:1801.01401).
+    subset, on features that are not finite, and for a seed outside [0, 2**32).
+    Source: Binkowski et al. 2018 (arXiv:1801.01401).
     """
     if not 2 <= subset_size <= min(len(x), len(y)):
         raise ValueError(
             f"subset_size must be in [2, {min(len(x), len(y))}], the smaller number of samples; "
             f"got {subset_size}."
         )
+    check_seed(seed)
     if num_subsets < 1:
         raise ValueError(f"num_subsets must be at least 1; got {num_subsets}.")
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)

@@ -32,7 +32,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ddim_jax.files import write_whole
+from ddim_jax.checks import check_types
+from ddim_jax.files import naming, write_whole
 from ddim_jax.hashing import content_hash
 from ddim_jax.metrics.features import FeatureName, FeatureNetwork, Images, feature_batches
 from ddim_jax.metrics.frechet import (
@@ -234,6 +235,15 @@ def save_statistics(path: str | os.PathLike[str], statistics: FeatureStatistics)
     write_whole(path, file.getvalue())
 
 
+_METADATA = {
+    **dict.fromkeys(("content_hash", "network_hash", "rounding"), str | None),
+    **dict.fromkeys(("data", "state_hashes"), dict),
+    "features": str,
+    "num_samples": int | None,
+    "format": int,
+}
+
+
 def load_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
     """What `save_statistics` wrote, or the `mu` and `sigma` that pytorch-fid and TTUR publish.
 
@@ -247,6 +257,8 @@ def load_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
     mean, cov = arrays["mu"], arrays["sigma"]
     try:
         metadata = json.loads(str(arrays.get("metadata", '{"features": "inception"}')))
+        with naming(path):
+            check_types(metadata, _METADATA, "Make it again.")
         _check_format(path, metadata.pop("format", 1))
         want = metadata.pop("content_hash", None)
         hashes = metadata.pop("state_hashes", {})

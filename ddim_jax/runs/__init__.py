@@ -8,6 +8,7 @@ fit(TrainConfig(workdir="runs/mine", data="digits", model=ModelConfig(...), max_
 
 from ddim_jax.runs.config import TrainConfig as TrainConfig
 from ddim_jax.runs.draw import DrawInputs as DrawInputs
+from ddim_jax.runs.draw import check_finite as check_finite
 from ddim_jax.runs.draw import checked_images as checked_images
 from ddim_jax.runs.draw import draw_images as draw_images
 from ddim_jax.runs.draw import image_program as image_program

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.codec import CODECS, PIXELS, Codec
 from ddim_jax.objectives import DENOISING, OBJECTIVES, Objective
 from ddim_jax.paths import DataName, Folder
@@ -60,12 +61,17 @@ class TrainConfig:
     clip_norm: float | None = option(1.0, above=0, below=float("inf"))
     """Largest global norm of the gradient."""
     ema_decay: float = option(0.9999, at_least=0, below=1)
-    """Decay of the averaged weights; warmed up over the first updates."""
+    """Decay of the averaged weights: in the mean they are 1 / (1 - ema_decay) updates old, 10,000
+    with 0.9999."""
+    ema_warmup: bool = True
+    """Let the decay rise to that over the first 9 / (1 - ema_decay) updates, as (1 + n) / (10 + n):
+    until then the average is n / 10 updates old in the mean. Without it, as in DDPM's code, the
+    random first weights count for ema_decay ** n. There is none with init_from."""
     init_from: Folder | None = None
     """Start from the weights of this workdir, trained or converted, instead of random ones; the
     average then goes on from its average, without a warm-up."""
 
-    seed: int = option(0, at_least=0, below=2**32)
+    seed: int = option(0, at_least=0, below=NUM_SEEDS)
     """Of the initial weights, the order of the data and all noise."""
     max_seconds: float | None = option(None, at_least=0, may_change=True)
     """Stop cleanly, with a checkpoint, after this long; the next call goes on from there."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from ddim_jax.data.pixels import to_uint8
+from ddim_jax.data.pixels import nearest_levels
 from ddim_jax.keys import initial_noise
 from ddim_jax.parallel import index_batches, map_batches, over_devices
 from ddim_jax.runs.spec import RunParams, RunSpec
@@ -27,18 +27,42 @@ class Pixels(NamedTuple):
 
 def to_pixels(x: Float[Array, "B *shape"]) -> Pixels:
     """The uint8 images of x in [-1, 1]."""
-    return Pixels(to_uint8(x), jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))))
+    return Pixels(nearest_levels(x), jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))))
 
 
 def checked_images(pixels: Pixels) -> UInt8[np.ndarray, "B *shape"]:
     """The images. Raises FloatingPointError where one is not finite, which would show as black."""
-    finite = np.asarray(pixels.finite)
+    check_finite(pixels.finite)
+    return np.asarray(pixels.images)
+
+
+def check_finite(finite: Bool[Array, "B"] | Bool[np.ndarray, "B"]) -> None:
+    """Raise FloatingPointError unless all images were finite."""
+    finite = np.asarray(finite)
     if not finite.all():
         raise FloatingPointError(
             f"{np.sum(~finite)} of {len(finite)} images are not finite: the weights, or the "
             "sampler with these settings, diverged. Nothing was written of them."
         )
-    return np.asarray(pixels.images)
+
+
+def marked_images(pixels: Pixels) -> UInt8[np.ndarray, "B H W C"]:
+    """The images, a cross on white in place of each that is not finite: red if there are colours.
+
+    For pictures that somebody looks at, of a computation that goes on whatever they show.
+    """
+    images, finite = np.array(pixels.images), np.asarray(pixels.finite)
+    images[~finite] = _cross(*images.shape[1:])
+    return images
+
+
+def _cross(height: int, width: int, channels: int) -> UInt8[np.ndarray, "H W C"]:
+    rows, columns = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None]
+    thickness = 0.6 / min(height, width)
+    lines = np.minimum(abs(rows - columns), abs(rows + columns - 1)) < thickness
+    image = np.full((height, width, channels), 255, np.uint8)
+    image[lines] = (255, 0, 0) if channels == 3 else 0
+    return image
 
 
 class DrawInputs(NamedTuple):
@@ -105,11 +129,20 @@ def draw_images(
 ) -> UInt8[np.ndarray, "B H W C"]:
     """Images 0 .. num_images - 1 of a program; with several processes, all of them in each.
 
-    Raises ValueError for less than one image, or less than one at a time.
+    Raises ValueError for less than one image, or less than one at a time, FloatingPointError where
+    one is not finite.
     """
+    return checked_images(draw_pixels(program, inputs, num_images, batch_size))
+
+
+def draw_pixels(
+    program: ImageProgram, inputs: DrawInputs, num_images: int, batch_size: int
+) -> Pixels:
+    """What `draw_images` draws, on the host, those that are not finite too."""
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}.")
     starts = range(0, num_images, batch_size)
     indices = (np.arange(start, min(start + batch_size, num_images)) for start in starts)
-    return np.concatenate([*map(checked_images, map_batches(program, inputs, indices))])
+    batches = map_batches(program, inputs, indices)
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from ddim_jax import parallel
@@ -25,9 +24,10 @@ from ddim_jax.keys import seed_key
 from ddim_jax.objectives import Frozen, LossFn, Setup
 from ddim_jax.paths import local_path
 from ddim_jax.runs.config import TrainConfig
-from ddim_jax.runs.draw import DrawInputs, draw_images, image_program
+from ddim_jax.runs.draw import DrawInputs, Pixels, draw_pixels, image_program
 from ddim_jax.runs.folder import (
     DATA_CONTENT,
+    as_begun,
     checkpoints,
     has_checkpoints,
     load_codec_params,
@@ -71,7 +71,7 @@ def fit(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> None:
     """
     started = time.monotonic()
     config.check()
-    config = with_local_paths(config)
+    config = as_begun(with_local_paths(config))
     if config.distributed:
         parallel.initialize_distributed(config.coordinator, config.num_processes, config.process_id)
         if config.max_seconds is not None and jax.process_count() > 1:
@@ -88,17 +88,24 @@ def fit(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> None:
             write_config(job.workdir, description)
             save_codec_params(job.workdir, job.frozen.codec)
         checkpointer = stack.enter_context(checkpoints(job.workdir, config.keep_checkpoints))
-        if checkpointer.latest_step() is None:
-            # Runs once: on a CPU optimizing this program takes far longer than running it.
-            quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-            init = jax.jit(job.init, compiler_options=quick)
-            # Given weights would be compiled in, as constants.
-            state = init(key) if config.init_from is None else job.init(key)
-        else:
-            state = checkpointer.restore(template)
-        _announce(job, state)
-        if int(state.step) < config.max_steps:
-            _train(job, state, checkpointer, watchers, started)
+        start = checkpointer.latest_step() or 0
+        replicas = _first_replicas(job, key, template, checkpointer)
+        _announce(job, template, start)
+        if start < config.max_steps:
+            _train(job, replicas, start, checkpointer, watchers, started)
+
+
+def _first_replicas(
+    job: _Job, key: jax.Array, template: TrainState, checkpointer: Checkpointer
+) -> TrainState:
+    """The state to go on from, on every device; the copy it was made of is let go of here."""
+    if checkpointer.latest_step() is not None:
+        return parallel.replicate(checkpointer.restore(template))
+    # Runs once: on a CPU optimizing this program takes far longer than running it.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    init = jax.jit(job.init, compiler_options=quick)
+    # Given weights would be compiled in, as constants.
+    return parallel.replicate(init(key) if job.config.init_from is None else job.init(key))
 
 
 def _job(config: TrainConfig) -> _Job:
@@ -128,7 +135,8 @@ def _job(config: TrainConfig) -> _Job:
         spec=spec,
         tx=tx,
         loss_fn=config.objective.loss_fn(setup),
-        frozen=Frozen(codec, config.objective.frozen()),
+        # On the host: what runs on devices gets copies there.
+        frozen=jax.device_get(Frozen(codec, config.objective.frozen())),
         init=_initial_state(spec, setup, config, tx, weights),
     )
 
@@ -151,7 +159,8 @@ def _initial_state(spec, setup: Setup, config: TrainConfig, tx, weights):
 
 
 def _weights_from(workdir: str, spec: RunSpec) -> tuple[Any, Any]:
-    """The parameters and their average in another workdir; a converted one has one set for both."""
+    """The parameters and their average in another workdir, on the host; a converted one has one
+    set for both."""
     there = load_spec(workdir)
     if there.latent_shape[-1] != spec.latent_shape[-1]:
         raise ValueError(
@@ -179,7 +188,7 @@ def _weights_from(workdir: str, spec: RunSpec) -> tuple[Any, Any]:
         print(f"init_from {workdir} was trained on another schedule: {there.schedule_config}")
     only = read_config(workdir).get("converted_from", {}).get("weights")
     kinds = (only, only) if only else ("raw", "ema")
-    params, average = (load_weights(workdir, spec, kind)[0] for kind in kinds)
+    params, average = (jax.device_get(load_weights(workdir, spec, kind)[0]) for kind in kinds)
     return params, average
 
 
@@ -212,11 +221,11 @@ def _described(job: _Job) -> dict[str, Any]:
     return job.config.describe() | facts
 
 
-def _announce(job: _Job, state: TrainState) -> None:
+def _announce(job: _Job, state: TrainState, step: int) -> None:
     print(
         f"{job.source.name}: {len(job.source)} images of {job.source.image_shape}; network of "
         f"{sum(p.size for p in jax.tree.leaves(state.params)):,} parameters; "
-        f"{jax.device_count()} {jax.default_backend()} device(s); step {int(state.step)} of "
+        f"{jax.device_count()} {jax.default_backend()} device(s); step {step} of "
         f"{job.config.max_steps}",
         flush=True,
     )
@@ -224,22 +233,23 @@ def _announce(job: _Job, state: TrainState) -> None:
 
 def _train(
     job: _Job,
-    state: TrainState,
+    replicas: TrainState,
+    start: int,
     checkpointer: Checkpointer,
     watchers: Sequence[Watcher],
     started: float,
 ) -> None:
-    """Update until the last step, or until time is up."""
-    config, start = job.config, int(state.step)
+    """Update from step `start` to the last, or until time is up. Consumes the replicas."""
+    config = job.config
     step_fn = parallel.pmap_train_step(
         job.loss_fn,
         job.tx,
         ema_decay=config.ema_decay,
-        ema_warmup=config.init_from is None,
+        ema_warmup=config.ema_warmup and config.init_from is None,
         num_microbatches=config.num_microbatches,
     )
     stream = prefetch_to_device(_batches(job, start), parallel.shard)
-    replicas, frozen = parallel.replicate(state), parallel.replicate(job.frozen)
+    frozen = parallel.replicate(job.frozen)
     preview = _preview_program(job) if config.sample_every else None
     max_seconds = float("inf") if config.max_seconds is None else config.max_seconds
     before = None  # step and metrics of the update before this one
@@ -253,15 +263,20 @@ def _train(
             if before is not None:
                 log.write(*before)  # one step late, so that the device never waits
             before = (step, metrics)
-            last = step == config.max_steps or time.monotonic() - started > max_seconds
-            if last or step % config.checkpoint_every == 0:
-                log.read(step, metrics)  # a spoilt state is never saved
-                checkpointer.save(step, parallel.unreplicate(replicas))
             done = step == config.max_steps
-            if preview is not None and (done or step % config.sample_every == 0):
+            last = done or time.monotonic() - started > max_seconds
+            saves = last or step % config.checkpoint_every == 0
+            draws = preview is not None and (done or step % config.sample_every == 0)
+            # Lines and images come before the checkpoint: a run that is killed in between does
+            # them again, and one that goes on after it would not.
+            if saves or draws:
+                log.write(*before)  # a spoilt state is never saved
+                before = None
+            if draws and preview is not None:
                 log.images(step, preview(parallel.unreplicate(replicas.ema_params)))
-        log.write(step, metrics)
-    done = step == config.max_steps
+            if saves:
+                log.keep_window(step, config.keep_checkpoints)
+                checkpointer.save(step, parallel.unreplicate(replicas))
     print(f"step {step} is in {job.workdir}" + ("" if done else "; call again"), flush=True)
 
 
@@ -289,15 +304,15 @@ def _check_labels(config: TrainConfig, source: ImageSource) -> None:
         )
 
 
-def _preview_program(job: _Job) -> Callable[[Any], np.ndarray]:
+def _preview_program(job: _Job) -> Callable[[Any], Pixels]:
     """(averaged weights) -> images at S = 50, always from the same latents."""
     spec = job.spec
     timesteps = spec.timesteps(min(PREVIEW_STEPS, spec.schedule.num_steps))
     program = image_program(spec, timesteps)
 
-    def draw(ema_params: Any) -> np.ndarray:
+    def draw(ema_params: Any) -> Pixels:
         params = RunParams(ema_params, job.frozen.codec)
         inputs = DrawInputs(params, seed_key(0))
-        return draw_images(program, inputs, NUM_PREVIEWS, NUM_PREVIEWS)
+        return draw_pixels(program, inputs, NUM_PREVIEWS, NUM_PREVIEWS)
 
     return draw

@@ -24,8 +24,9 @@ import numpy as np
 from flax import traverse_util
 
 from ddim_jax.checkpoint import Checkpointer
+from ddim_jax.checks import check_types
 from ddim_jax.codec import CODECS
-from ddim_jax.files import differences, read_json, read_npz, write_whole
+from ddim_jax.files import differences, naming, read_json, read_npz, write_whole
 from ddim_jax.hashing import content_hash
 from ddim_jax.objectives import OBJECTIVES
 from ddim_jax.paths import expanded, local_path
@@ -61,6 +62,10 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
             f"{path} must be of format 1 or {FORMAT}, which this version reads; got {found!r}. Use "
             "the version that wrote it, or a newer one."
         )
+    kinds = dict.fromkeys(("data", "data_dir", "init_from", DATA_CONTENT), str | None)
+    kinds |= {"converted_from": dict, "split": str, "num_images": int, "ema_warmup": bool}
+    with naming(path):
+        check_types(config, kinds, "Restore it from the run's log or train anew.")
     return _digits_as_then(config if found == FORMAT else _from_format_1(config))
 
 
@@ -80,6 +85,20 @@ def _from_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
         origin = rest["converted_from"]
         rest["converted_from"] = {k: v for k, v in origin.items() if k != "weights_hash"}
     return rest | ({"objective": {"name": "denoising", **old}} if old else {})
+
+
+def as_begun(config: TrainConfig) -> TrainConfig:
+    """The settings with those that the run in the folder has and its version could not say.
+
+    Its average was warmed up; the presets that have its name may do otherwise today.
+    """
+    workdir = local_path(config.workdir, "workdir", "folder")
+    if not (has_checkpoints(workdir) and (workdir / "config.json").is_file()):
+        return config
+    if "ema_warmup" in read_config(workdir) or config.ema_warmup:
+        return config
+    print(f"{workdir} was begun when every average was warmed up, and goes on so: ema_warmup")
+    return dataclasses.replace(config, ema_warmup=True)
 
 
 def write_config(workdir: str | pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -198,10 +217,11 @@ def load_spec(workdir: str | pathlib.Path) -> RunSpec:
     config = read_config(workdir)
     try:
         return spec_from(config)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
         raise ValueError(
-            f"{workdir}/config.json does not describe a network: {type(error).__name__} {error}. "
-            "Restore it from the run's log or train anew."
+            f"{workdir}/config.json does not describe a network: {kind}{error} Restore it from the "
+            "run's log or train anew."
         ) from error
 
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from ddim_jax.files import write_whole
+from ddim_jax.files import read_json, write_whole
 from ddim_jax.parallel import unreplicate
+from ddim_jax.runs.draw import Pixels, marked_images
+
+WINDOWS = "log_window.json"
+"""The losses since the last line of metrics.jsonl, at each of the newest checkpoints: so that the
+next line is the same whether the run was stopped inside its window or not."""
+WINDOWS_FORMAT = 1
 
 
 class Watcher:
@@ -23,7 +31,7 @@ class Watcher:
     def update(self, step: int) -> None:
         """One more update is done, and its loss was finite."""
 
-    def line(self, line: dict[str, float]) -> None:
+    def line(self, line: dict[str, int | float]) -> None:
         """A line of metrics.jsonl: step, loss, grad_norm, images_per_second."""
 
     def images(self, step: int, images: np.ndarray) -> None:
@@ -49,7 +57,8 @@ class Log:
         self._workdir, self._every, self._batch_size = workdir, every, batch_size
         self._start, self._max_steps, self._watchers = start, max_steps, watchers
         self._time, self._step = time.monotonic(), start
-        self._losses: list[float] = []
+        self._windows = _windows_up_to(workdir / WINDOWS, start)
+        self._losses = list(self._windows.get(start, []))
         self._lines = None
 
     def __enter__(self) -> Log:  # noqa: D105
@@ -100,10 +109,49 @@ class Log:
         for watcher in self._watchers:
             watcher.line(line)
 
-    def images(self, step: int, images: np.ndarray) -> None:
-        """Samples drawn after a step."""
+    def keep_window(self, step: int, num_checkpoints: int) -> None:
+        """Write down the losses since the last line, for who goes on from the checkpoint of `step`.
+
+        Called before that is saved. Those of so many checkpoints stay, and one more.
+        """
+        kept = sorted(self._windows)[-num_checkpoints:]
+        self._windows = {old: self._windows[old] for old in kept} | {step: self._losses.copy()}
+        if self._lines is not None:
+            os.fsync(self._lines.fileno())
+            content = {"format": WINDOWS_FORMAT, "losses": self._windows}
+            write_whole(self._workdir / WINDOWS, (json.dumps(content) + "\n").encode())
+
+    def images(self, step: int, pixels: Pixels) -> None:
+        """Samples drawn after a step; says so where some are not finite, and marks them."""
+        finite = np.asarray(pixels.finite)
+        if not finite.all():
+            print(
+                f"warning: {np.sum(~finite)} of the {len(finite)} samples of step {step} are not "
+                "finite, and are shown as a cross: the averaged weights diverge when sampled, "
+                "though the loss is finite.",
+                file=sys.stderr,
+                flush=True,
+            )
+        images = marked_images(pixels)
         for watcher in self._watchers:
             watcher.images(step, images)
+
+
+def _windows_up_to(path: pathlib.Path, step: int) -> dict[int, list[float]]:
+    """The losses since the last line at each checkpoint up to `step`; none of an older run."""
+    if not path.is_file():
+        return {}
+    way_out = "Delete it: the mean of the next line is then of the updates of this call alone."
+    content = read_json(path, way_out=way_out)
+    if (found := content.get("format")) != WINDOWS_FORMAT:
+        raise ValueError(f"{path} must be of format {WINDOWS_FORMAT}; got {found!r}. {way_out}")
+    try:
+        windows = {int(key): [float(x) for x in xs] for key, xs in content["losses"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must hold losses by step ({type(error).__name__}: {error}). {way_out}"
+        ) from error
+    return {key: losses for key, losses in windows.items() if key <= step}
 
 
 def _forget_after(path: pathlib.Path, step: int) -> None:

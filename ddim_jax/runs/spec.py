@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ddim_jax.checks import look_up
+from ddim_jax.checks import check_types, look_up
 from ddim_jax.codec import CODECS, PIXELS, Codec, Images
 from ddim_jax.denoisers import PARAMETRIZATIONS, NetworkFn, guided
 from ddim_jax.objectives import OBJECTIVES
@@ -254,11 +254,24 @@ class RunSpec:
         }
 
 
+_KINDS = {
+    **dict.fromkeys(("model", "schedule", "codec", "objective"), dict),
+    **dict.fromkeys(("spacing", "predicts", "rounding", "codec.name", "objective.name"), str),
+    "image_shape": tuple[int, int, int],
+    "unconditional": bool,
+    "objective.label_dropout": float,
+}
+
+
 def spec_from(config: Mapping[str, Any]) -> RunSpec:
     """The run that a description holds; settings it lacks have the defaults of older files.
 
     Raises KeyError, TypeError or ValueError for what describes no run.
     """
+    check_types(config, _KINDS)
+    for part, settings in (("model", ModelConfig), ("schedule", ScheduleConfig)):
+        kinds = get_type_hints(settings).items()
+        check_types(config, {f"{part}.{name}": kind for name, kind in kinds})
     if (rounding := config.get("rounding", ROUNDING)) != ROUNDING:
         raise ValueError(f"rounding must be {ROUNDING}, the only one there is; got {rounding!r}.")
     return RunSpec(
@@ -300,7 +313,9 @@ def described(settings: Any, table: Mapping[str, type]) -> dict[str, Any]:
 def restored(what: str, description: Mapping[str, Any], table: Mapping[str, type]) -> Any:
     """What `described` wrote."""
     fields = with_tuples(description)
-    return look_up(f"{what}.name", fields.pop("name"), table)(**fields)
+    kind = look_up(f"{what}.name", fields.pop("name"), table)
+    check_types(fields, get_type_hints(kind))
+    return kind(**fields)
 
 
 def with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,12 +17,14 @@ import numpy as np
 import scipy.linalg
 import tyro
 
+from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.metrics.frechet import (
     finalize_moments,
     frechet_distance,
     init_moments,
     update_moments,
 )
+from ddim_jax.runs.options import check_limits, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class BenchmarkConfig:
     """Length of a feature vector."""
     batch_size: int = 500
     """Feature vectors in one update of the moments."""
-    seed: int = 0
+    seed: int = option(0, at_least=0, below=NUM_SEEDS)
     """Seed of the made-up features."""
 
 
@@ -64,6 +66,7 @@ def timed(fn: Callable[..., float], *args: np.ndarray) -> tuple[float, float]:
 
 def main(config: BenchmarkConfig) -> int:
     """Print both distances and times; 0 when ours agrees and is 5 times faster, else 1."""
+    check_limits(config)
     statistics, seconds_moments = [], 0.0
     for side in range(2):
         moments = init_moments(config.dim)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.paths import DataName, Folder
 from ddim_jax.runs import Run, Weights, load_trained
 from ddim_jax.runs.options import option
@@ -55,7 +56,7 @@ class StepsOptions(SpacingOptions):
 class DrawOptions:
     """How images are drawn."""
 
-    seed: int = option(0, at_least=0, below=2**32)
+    seed: int = option(0, at_least=0, below=NUM_SEEDS)
     """Image i depends on (seed, i) alone."""
     batch_size: int = option(256, at_least=1)
     """Images at once."""

@@ -23,6 +23,7 @@ from jaxtyping import UInt8
 from common import pictures
 from common.exact import exact
 from common.options import DataOptions
+from ddim_jax.checks import check_types
 from ddim_jax.data.folder import FolderSource
 from ddim_jax.data.load import load_images
 from ddim_jax.data.source import ImageSource, decoding_threads
@@ -189,6 +190,18 @@ def find(path: str | pathlib.Path) -> SampleSet | None:
     return found
 
 
+_CONTENT = {
+    **dict.fromkeys(("num_images", "seed", "num_sample_steps", "digits", "batch_size"), int),
+    **dict.fromkeys(("spacing", "sampler", "fingerprint_id"), str),
+    **dict.fromkeys(("fingerprint", "fingerprint.weights"), dict),
+    "complete": bool,
+    "eta": float | None,
+    "label": int | None,
+    "guidance_scale": float,
+    "image_shape": tuple[int, int, int],
+}
+
+
 def _read(record: pathlib.Path, images: pathlib.Path) -> SampleSet | None:
     """The set that a samples.json describes; None without one. Raises ValueError for a bad one."""
     if not record.is_file():
@@ -199,17 +212,19 @@ def _read(record: pathlib.Path, images: pathlib.Path) -> SampleSet | None:
             f"{record} must be of format {FORMAT}, which this version reads; got {found!r}. Use "
             "the version that wrote it, or a newer one."
         )
-    wanted: dict[str, type | tuple[type, ...]] = {
-        "num_images": int, "complete": bool, "seed": int, "num_sample_steps": int, "spacing": str,
-        "sampler": str, "eta": (int, float, type(None)), "guidance_scale": (int, float),
-        "image_shape": list, "digits": int, "fingerprint": dict, "fingerprint_id": str,
-    }  # fmt: skip
-    for key, kind in wanted.items():
-        if not isinstance(content.get(key), kind):
-            raise ValueError(
-                f"{record} does not describe a set of samples: {key} is {content.get(key)!r}. "
-                "Delete it and the images, and draw them anew."
-            )
+    content: dict[str, Any] = {"label": None, **content}
+    try:
+        check_types(content, _CONTENT)
+        needed = (key for key in _CONTENT if key not in ("fingerprint.weights", "batch_size"))
+        if missing := [key for key in needed if key not in content]:
+            raise ValueError(f"it lacks {', '.join(missing)}.")
+        if missing := {"kind", "step"} - content["fingerprint"].get("weights", {}).keys():
+            raise ValueError(f"fingerprint.weights lacks {', '.join(sorted(missing))}.")
+    except ValueError as error:
+        raise ValueError(
+            f"{record} does not describe a set of samples: {error} Delete it and the images, and "
+            "draw them anew."
+        ) from error
     return SampleSet(record, images, content)
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Bool, UInt8
 
 from common.measures import Features, Measure
 from common.sweep_store import Cell
 from ddim_jax.keys import seed_key
 from ddim_jax.parallel import map_batches
 from ddim_jax.runs import DrawInputs, Run, RunSpec, image_program
-from ddim_jax.runs.draw import ImageProgram, Pixels
+from ddim_jax.runs.draw import ImageProgram
 from ddim_jax.samplers import ddim_or_sigma_hat
 from ddim_jax.solvers import named_sampler
 
@@ -43,7 +44,9 @@ def image_programs(spec: RunSpec, cells: Iterable[Cell]) -> dict[ProgramKey, Ima
 class Batch(NamedTuple):
     """Images, and their features for each measure."""
 
-    pixels: Pixels
+    images: UInt8[Array, "B H W C"] | UInt8[np.ndarray, "B H W C"] | None
+    """None where nobody looks at them: they stay on the device, which measured them."""
+    finite: Bool[Array, "B"] | Bool[np.ndarray, "B"]
     features: dict[str, Features]  # by network
 
     def first(self, size: int) -> Batch:
@@ -60,19 +63,27 @@ class Drawer:
     seed: int
     programs: Mapping[ProgramKey, ImageProgram]
 
-    def draw(self, cell: Cell, batches: Iterable[np.ndarray]) -> Iterator[Batch]:
-        """The images of each batch of indices and their features, on the host, one batch ahead."""
+    def draw(
+        self,
+        cell: Cell,
+        batches: Iterable[np.ndarray],
+        is_shown: Callable[[np.ndarray], bool] = lambda indices: False,
+    ) -> Iterator[Batch]:
+        """The features of each batch of indices, on the host, one batch ahead.
+
+        The images too of those that `is_shown(indices)`.
+        """
         images = self.programs[program_key(cell)]
         shares = program_key(cell)[-1] is None
         values = (float(cell.eta or 0.0), cell.sampler == "sigma_hat") if shares else ()
 
-        def program(inputs: DrawInputs, indices: Any) -> Batch:
+        def program(inputs: DrawInputs, indices: np.ndarray) -> Batch:
             pixels = images(inputs, indices)
             features = {
                 measure.name: measure.program(measure.network.params, pixels.images)
                 for measure in self.measures
             }
-            return Batch(pixels, features)
+            return Batch(pixels.images if is_shown(indices) else None, pixels.finite, features)
 
         inputs = DrawInputs(self.run.params, seed_key(self.seed), values)
         return map_batches(program, inputs, batches)

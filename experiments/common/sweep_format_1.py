@@ -59,6 +59,7 @@ def weights_hash(params: Any) -> str:
 def line(old: Mapping[str, Any]) -> dict[str, Any]:
     """An old line of results.jsonl in today's format; it has no fingerprint_id."""
     is_sigma_hat = old["eta"] == "sigma_hat"
+    # As the files of then are called; etas equal in print had one file.
     row = "sigma_hat" if is_sigma_hat else f"eta_{old['eta']:g}"
     return {
         **{key: value for key, value in old.items() if key != "distances"},

@@ -7,6 +7,7 @@ without a format are read by sweep_format_1.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -21,7 +22,8 @@ import numpy as np
 from common import sweep_format_1
 from common.exact import exact
 from common.measures import Measure
-from ddim_jax.files import differences, read_json, read_npz, write_whole
+from ddim_jax.checks import check_types
+from ddim_jax.files import differences, naming, read_json, read_npz, write_whole
 from ddim_jax.metrics.metric import State, state_from_arrays, state_to_arrays
 from ddim_jax.runs import Run
 from ddim_jax.solvers import SAMPLERS
@@ -108,6 +110,8 @@ def find_settings(
     way_out = "Restore it, or give another folder."
     there = read_json(path, way_out=way_out)
     _check_format(path, there)
+    with naming(path):
+        check_types(there, _SETTINGS, way_out)
     if "format" not in there:
         if dtype is not None:
             raise ValueError(
@@ -136,6 +140,13 @@ def find_settings(
     return there
 
 
+_SETTINGS = {
+    **dict.fromkeys(("batch_size", "num_samples", "seed", "kept_features"), int),
+    **dict.fromkeys(("measures", "fingerprint", "weights"), dict),
+    "spacing": str,
+}
+
+
 def write_settings(out: pathlib.Path, settings: Mapping[str, Any]) -> None:
     """Write sweep.json."""
     write_whole(out / "sweep.json", (json.dumps(settings, indent=2) + "\n").encode())
@@ -161,19 +172,38 @@ def read_results(out: pathlib.Path) -> list[dict[str, Any]]:
     return [_read_line(path, text) for text in path.read_text().splitlines()]
 
 
+_RESULT = {
+    **dict.fromkeys(("S", "network_calls", "num_samples", "seed", "batch_size"), int),
+    **dict.fromkeys(("guidance_scale", "seconds"), float),
+    **dict.fromkeys(("values", "measures", "weights", "versions"), dict),
+    **dict.fromkeys(("sampler", "spacing", "name", "rounding", "device"), str),
+    "eta": float | None,
+    "fingerprint_id": str | None,
+}
+
+
 def _read_line(path: pathlib.Path, text: str) -> dict[str, Any]:
+    _check_line_format(path, text)
     try:
         line = json.loads(text)
-        _check_format(path, line)
         line = line if "format" in line else sweep_format_1.line(line)
         if missing := {"values", "seconds", "measures", *_CELL_KEYS} - line.keys():
             raise KeyError(", ".join(sorted(missing)))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        check_types(line, _RESULT)
+        for values, kind in ((line["values"], float), (line["measures"], dict)):
+            check_types(values, dict.fromkeys(values, kind))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}): delete the bad line, or the "
             "file, to measure its cells again."
         ) from error
     return line
+
+
+def _check_line_format(path: pathlib.Path, text: str) -> None:
+    with contextlib.suppress(json.JSONDecodeError):  # a damaged line, said where it is read
+        if isinstance(line := json.loads(text), dict):
+            _check_format(path, line)
 
 
 _CELL_KEYS = ("S", "sampler", "eta", "guidance_scale", "spacing")

@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from common.exact import exact
+
 Line: TypeAlias = Mapping[str, Any]
 """One finished cell, as read_results gives it."""
 Lines: TypeAlias = Sequence[Line]
@@ -51,7 +53,7 @@ class Row(NamedTuple):
         if self.eta is None:
             return self.sampler.replace("sigma_hat", "sigma-hat")
         names = {0.0: "DDIM, eta = 0", 1.0: "DDPM, eta = 1"}
-        return names.get(self.eta) or f"eta = {self.eta:g}"
+        return names.get(self.eta) or f"eta = {exact(self.eta)}"
 
 
 def row_of(line: Line) -> Row:
@@ -80,7 +82,7 @@ def rows_of(lines: Lines) -> dict[Row, str]:
     def name(row: Row) -> str:
         parts = [row.method]
         if row.guidance_scale != 1:
-            parts.append(f"guidance {row.guidance_scale:g}")
+            parts.append(f"guidance {exact(row.guidance_scale)}")
         if len(spacings) > 1:
             parts.append(row.spacing)
         return ", ".join(parts)
