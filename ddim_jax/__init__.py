@@ -23,7 +23,7 @@ from ddim_jax.denoisers import (
     guided,
 )
 from ddim_jax.inversion import encode_fixed_point
-from ddim_jax.keys import draw_noise, image_keys, initial_noise, seed_key
+from ddim_jax.keys import draw_noise, fold_in, image_keys, initial_noise, seed_key
 from ddim_jax.latents import interpolation_grid, interpolation_line, lerp, slerp
 from ddim_jax.losses import antithetic_timesteps, eps_loss, min_snr, prediction_loss
 from ddim_jax.ode import from_ode_coordinates, ode_field, to_ode_coordinates
@@ -102,6 +102,7 @@ __all__ = [
     "epsilon_to_v",
     "epsilon_to_x0",
     "fixed_large_sigmas",
+    "fold_in",
     "from_ode_coordinates",
     "from_score",
     "from_v",

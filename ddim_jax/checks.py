@@ -24,7 +24,16 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be in [0, {NUM_SEEDS}), 32 bits; got {seed!r}.")
 
 
-def check_same_shape(name: str, array: jax.Array, x: jax.Array) -> None:
+def check_schedule(schedule: object) -> None:
+    """Raise ValueError for what is no `NoiseSchedule`, such as a table or a number of steps."""
+    if not hasattr(schedule, "alpha_bar"):
+        raise ValueError(
+            "schedule must be a noise schedule, such as linear_schedule() gives; got "
+            f"{type(schedule).__name__}. A table of alphas_cumprod becomes Schedule(table)."
+        )
+
+
+def check_same_shape(name: str, array: jax.Array | np.ndarray, x: jax.Array | np.ndarray) -> None:
     """Raise ValueError unless `array`, called `name` in the message, has x's shape."""
     if jnp.shape(array) != jnp.shape(x):
         raise ValueError(
@@ -32,7 +41,7 @@ def check_same_shape(name: str, array: jax.Array, x: jax.Array) -> None:
         )
 
 
-def check_floating(name: str, x: jax.Array) -> None:
+def check_floating(name: str, x: jax.Array | np.ndarray) -> None:
     """Raise ValueError unless `x`, called `name` in the message, is floating point."""
     if not hasattr(x, "dtype"):
         raise ValueError(f"{name} must be an array; got {type(x).__name__}.")

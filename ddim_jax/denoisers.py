@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from ddim_jax.checks import check_bounds
+from ddim_jax.checks import check_bounds, check_schedule
 from ddim_jax.numerics import expand_level, safe_sqrt, widen
 from ddim_jax.predict import (
     as_prediction,
@@ -38,6 +38,8 @@ def from_v(v_fn: NetworkFn, schedule: NoiseSchedule) -> Denoiser:
     the noisy end, and all of them at alpha_bar = 0.
     """
 
+    check_schedule(schedule)
+
     def denoiser(x: jax.Array, t: jax.Array) -> Prediction:
         v, x, level = widen(v_fn(x, t)), widen(x), schedule.alpha_bar(t)
         return Prediction(v_to_x0(v, x, level), v_to_epsilon(v, x, level))
@@ -48,6 +50,8 @@ def from_v(v_fn: NetworkFn, schedule: NoiseSchedule) -> Denoiser:
 def from_x0(x0_fn: NetworkFn, schedule: NoiseSchedule) -> Denoiser:
     """The denoiser of a network that predicts the data x0."""
 
+    check_schedule(schedule)
+
     def denoiser(x: jax.Array, t: jax.Array) -> Prediction:
         x0, x = widen(x0_fn(x, t)), widen(x)
         return Prediction(x0, x0_to_epsilon(x0, x, schedule.alpha_bar(t)))
@@ -57,6 +61,8 @@ def from_x0(x0_fn: NetworkFn, schedule: NoiseSchedule) -> Denoiser:
 
 def from_score(score_fn: NetworkFn, schedule: NoiseSchedule) -> Denoiser:
     """The denoiser of a network that predicts the score of q(x_t); x0 by Tweedie's formula."""
+
+    check_schedule(schedule)
 
     def denoiser(x: jax.Array, t: jax.Array) -> Prediction:
         score, x, level = widen(score_fn(x, t)), widen(x), schedule.alpha_bar(t)
@@ -92,6 +98,7 @@ def clip_x0(
     The published DDIM never clips; its sigma-hat rows and Ho et al. 2020 do. Not for encoding.
     Raises ValueError unless low < high.
     """
+    check_schedule(schedule)
     check_bounds(low, high)
     return _Clipped(eps_fn, schedule, low, high, keeps_eps=False)
 
@@ -104,6 +111,7 @@ def clip_x0_keep_eps(
     The two predictions then disagree, so that a step with them is no longer eq. 12. Offered to
     reproduce that tool's images.
     """
+    check_schedule(schedule)
     check_bounds(low, high)
     return _Clipped(eps_fn, schedule, low, high, keeps_eps=True)
 

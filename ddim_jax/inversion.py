@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ddim_jax.checks import check_floating
+from ddim_jax.checks import check_floating, check_schedule
 from ddim_jax.denoisers import check_not_clipped
 from ddim_jax.numerics import expand_level
 from ddim_jax.predict import checked_answer, x0_to_epsilon
@@ -40,6 +40,7 @@ def encode_fixed_point(
     if num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1; got {num_iterations}.")
     check_not_clipped(eps_fn)
+    check_schedule(schedule)
     check_floating("x_0", x_0)
     ascending = schedule.check_timesteps(timesteps)[::-1]
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from ddim_jax.checks import check_seed
+from ddim_jax.checks import check_floating, check_seed
 from ddim_jax.types import PRNGKey, Time
 
 Indices = Int[Array, "B"] | Int[np.ndarray, "B"]
@@ -30,8 +30,19 @@ def seed_key(seed: int) -> Key[Array, ""]:
 
 
 def image_keys(key: PRNGKey, indices: Indices) -> Key[Array, "B"]:
-    """One key for each image index, shape (B,): fold_in(key, i)."""
-    return draw_each(jax.random.fold_in, typed_key(key), jnp.asarray(indices))
+    """One key for each image index, shape (B,): fold_in(key, i).
+
+    Raises ValueError for indices that are no vector of integers, and for more keys than one.
+    """
+    key, indices = typed_key(key), jnp.asarray(indices)
+    if indices.ndim != 1 or not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise ValueError(
+            "indices must be a vector (B,) of integers, which name the images; got shape "
+            f"{indices.shape} and dtype {indices.dtype}. For the first 4: jnp.arange(4)."
+        )
+    if key.ndim != 0:
+        raise ValueError(f"key must be one key, of all images; got keys of shape {key.shape}.")
+    return draw_each(jax.random.fold_in, key, indices)
 
 
 def initial_noise(
@@ -50,7 +61,12 @@ def initial_noise(
 
 
 def draw_noise(key: PRNGKey | None, x: jax.Array) -> jax.Array:
-    """Standard normal noise of x's shape, at least float32; with keys (B,), image i from key i."""
+    """Standard normal noise of x's shape, at least float32; with keys (B,), image i from key i.
+
+    For a sampler's step, whose key may be either. Raises ValueError for what is no key, or for
+    another number of keys than x has images.
+    """
+    check_floating("x", x)
     key = typed_key(key)
     check_keys(key, x)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -62,8 +78,10 @@ def draw_noise(key: PRNGKey | None, x: jax.Array) -> jax.Array:
 def fold_in(key: PRNGKey, i: Time) -> PRNGKey:
     """The key, or each of the keys (B,), with i folded in: one number, or one for each key.
 
-    A float32 counts as the whole number with its bits.
+    A float32 counts as the whole number with its bits. So a sampler that draws more than once in a
+    step has a key for each: `draw_noise(fold_in(key, 1), x)`.
     """
+    key = typed_key(key)
     if jnp.issubdtype(jnp.result_type(i), jnp.floating):
         i = jax.lax.bitcast_convert_type(jnp.asarray(i, jnp.float32), jnp.int32)
     if key.ndim == 0:

@@ -161,6 +161,8 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic, float, int)
 
 def checked_answer(eps_fn: Denoiser, x: Data, t: Time) -> jax.Array | Prediction:
     """eps_fn(x, t), refused with a ValueError when it is no array, or pair, of x's shape."""
+    if not callable(eps_fn):
+        raise ValueError(f"eps_fn must be a function of (x, t); got {type(eps_fn).__name__}.")
     answer = eps_fn(x, t)  # pyright: ignore[reportArgumentType]
     arrays = answer if isinstance(answer, Prediction) else (answer,)
     for array in arrays:

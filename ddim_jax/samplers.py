@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ddim_jax.checks import check_floating
+from ddim_jax.checks import check_floating, check_schedule
 from ddim_jax.denoisers import check_not_clipped
 from ddim_jax.keys import check_keys, draw_noise, fold_in, typed_key
 from ddim_jax.predict import clip_prediction, predict, predict_noise
@@ -46,17 +46,24 @@ def one_call_a_step(num_steps: int) -> int:
 
 
 class Sampler(NamedTuple):
-    """A sampling method. Its state is any pytree with fields `x` and `x0`, as in `SamplerState`."""
+    """A sampling method: `init` makes its state of x_T, and `step` goes from one time to the next.
+
+    init(x_T) -> state
+        Any pytree with fields `x` and `x0`, as `SamplerState` is; `init_state` makes that one. A
+        method that looks back keeps what it needs in fields of its own.
+    step(key, state, eps_fn, schedule, t, t_prev) -> state at t_prev
+        `key` is this step's: one key for all images, or one for each, shape (B,), or None, with
+        which a method that draws nothing is content. `draw_noise(key, state.x)` takes the first
+        two and refuses the third; for a second draw, `fold_in(key, 1)` is another key.
+        `eps_fn(x, t)` is eps or a `Prediction`; `ddim_step` takes either. `t_prev` may be
+        `schedule.clean`, clean data, of which no network is asked anything.
+    network_calls(S) -> int
+        How often the network is evaluated in S steps, the last of them to clean data.
+    """
 
     init: Callable[[jax.Array], Any]
-    """x_T -> state."""
     step: Callable[..., Any]
-    """(key, state, eps_fn, schedule, t, t_prev) -> state at t_prev, which may be clean data.
-
-    `key` is this step's: one key, or one for each image (B,), or None; `draw_noise(key, x)` takes
-    the first two. `eps_fn` gives eps or a pair; `ddim_step` takes either."""
     network_calls: Callable[[int], int] = one_call_a_step
-    """S -> how often the network is evaluated in S steps, the last of them to clean data."""
 
 
 def init_state(x_T: Data) -> SamplerState:
@@ -154,14 +161,14 @@ def sample(
     schedule: NoiseSchedule,
     x_T: Data,
     timesteps: Timesteps,
-    sampler: Sampler = ddim(),  # noqa: B008 (immutable)
+    sampler: Sampler | None = None,
 ) -> Data:
     """x_0, from noise x_T ~ N(0, I) of any shape, in exactly len(timesteps) steps.
 
-    `key` is one key; or one for each image, shape (B,), and then image i depends on key i alone,
-    whatever the batch; or None for a deterministic sampler. `eps_fn` returns the noise it predicts,
-    or a `Prediction`. `timesteps` descends inside [0, T - 1], such as `ddim_timesteps(1000, 50)`;
-    the last step goes to clean data.
+    `sampler` is `ddim()` unless given. `key` is one key; or one for each image, shape (B,), and
+    then image i depends on key i alone, whatever the batch; or None for a deterministic sampler.
+    `eps_fn` returns the noise it predicts, or a `Prediction`. `timesteps` descends inside
+    [0, T - 1], such as `ddim_timesteps(1000, 50)`; the last step goes to clean data.
     Keeps no trajectory: memory does not grow with the number of steps.
     Raises ValueError for timesteps out of order or range, and for an `eps_fn` that changes shapes.
     """
@@ -175,7 +182,7 @@ def sample_trajectory(
     schedule: NoiseSchedule,
     x_T: Data,
     timesteps: Timesteps,
-    sampler: Sampler = ddim(),  # noqa: B008 (immutable)
+    sampler: Sampler | None = None,
 ) -> tuple[Float[Array, "states *shape"], Float[Array, "steps *shape"]]:
     """Every state and every data prediction of `sample`, whose arguments these are.
 
@@ -188,10 +195,12 @@ def sample_trajectory(
 
 
 def _scan(key, eps_fn, schedule, x_T, timesteps, sampler, output):
+    sampler = ddim() if sampler is None else sampler
     if not isinstance(sampler, Sampler):
         raise ValueError(
             f"sampler must be a Sampler, such as ddim() returns; got {sampler!r}. Call it first."
         )
+    check_schedule(schedule)
     check_floating("x_T", x_T)
     timesteps = schedule.check_timesteps(timesteps)
     if key is not None:
@@ -220,6 +229,7 @@ def encode(eps_fn: Denoiser, schedule: NoiseSchedule, x_0: Data, timesteps: Time
     Raises ValueError for timesteps out of order or range, and for what `clip_x0` returned.
     """
     check_not_clipped(eps_fn)
+    check_schedule(schedule)
     check_floating("x_0", x_0)
     ascending = schedule.check_timesteps(timesteps)[::-1]
     t_from = jnp.append(schedule.clean, ascending[:-1])

@@ -9,7 +9,6 @@ digits of the difference.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ddim_jax.checks import check_floating, check_same_shape
 from ddim_jax.tables import take_or_nan
 from ddim_jax.types import Level, PRNGKey, Time, Timesteps, is_traced
 
@@ -29,11 +29,6 @@ Table: TypeAlias = Float[Array, "T"] | Float[np.ndarray, "T"]
 """NumPy's where it is known: a JAX array would belong to the mesh that was set when it was made."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["alphas_cumprod", "noise_variances"],
-    meta_fields=[],
-)
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Noise schedule over indices: q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I).
@@ -41,13 +36,17 @@ class Schedule:
     That -1 is clean data, and which indices there are, is known to its methods alone: other code
     asks them, and so takes a schedule of any other kind (`NoiseSchedule`).
     A pytree, so it passes through jit, vmap and grad as an argument. Build one with
-    `linear_schedule` and its siblings, which check their arguments.
+    `linear_schedule` and its siblings, or from a table (T,) of one's own.
+    Raises ValueError for tables, unless they are traced, that are none of such levels.
     """
 
     alphas_cumprod: Table  # strictly decreasing, inside (0, 1); the last may be 0
     noise_variances: Table | None = None
     """1 - alphas_cumprod, rounded by itself. None takes the difference of what is there: for tables
     that are learned, whose gradient must see one table, or given in float64."""
+
+    def __post_init__(self) -> None:  # noqa: D105
+        _check_tables(self.alphas_cumprod, self.noise_variances)
 
     @property
     def num_steps(self) -> int:
@@ -109,6 +108,46 @@ class Schedule:
     def mirror(self, t: Int[Array, "*index"], /) -> Int[Array, "*index"]:
         """T - 1 - t."""
         return self.num_steps - 1 - t
+
+
+def _flatten(schedule: Schedule):
+    names = ("alphas_cumprod", "noise_variances")
+    return [(jax.tree_util.GetAttrKey(name), getattr(schedule, name)) for name in names], None
+
+
+def _unflatten(_: None, tables) -> Schedule:
+    """Unchecked: JAX puts gradients, batches and placeholders into the same tree."""
+    schedule = object.__new__(Schedule)
+    for name, table in zip(("alphas_cumprod", "noise_variances"), tables, strict=True):
+        object.__setattr__(schedule, name, table)
+    return schedule
+
+
+jax.tree_util.register_pytree_with_keys(Schedule, _flatten, _unflatten)
+
+
+def _check_tables(alphas_cumprod: Table, noise_variances: Table | None) -> None:
+    if is_traced(alphas_cumprod) or is_traced(noise_variances):
+        return
+    check_floating("alphas_cumprod", alphas_cumprod)
+    levels = np.asarray(alphas_cumprod, np.float64)
+    if levels.ndim != 1 or levels.size == 0:
+        raise ValueError(
+            f"alphas_cumprod must be a non-empty vector (T,); got shape {levels.shape}."
+        )
+    if not (levels[0] < 1 and levels[-1] >= 0 and np.all(np.diff(levels) < 0)):
+        raise ValueError(
+            "alphas_cumprod must fall strictly inside (0, 1), from t = 0, next to clean data, to "
+            f"T - 1, where it may be 0; got {_preview(levels)}. Reverse a table that rises; of "
+            "betas, take schedule_from_betas(betas)."
+        )
+    if noise_variances is not None:
+        check_same_shape("noise_variances", noise_variances, alphas_cumprod)
+        if not np.allclose(np.asarray(noise_variances), 1 - levels, atol=1e-3):
+            raise ValueError(
+                "noise_variances must be 1 - alphas_cumprod; got "
+                f"{_preview(np.asarray(noise_variances))}. Leave it out to have it computed."
+            )
 
 
 def _finite(log_snr: jax.Array) -> jax.Array:
@@ -224,8 +263,8 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
 
 
 def _check_num_steps(num_steps: int) -> None:
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1; got {num_steps}.")
+    if not isinstance(num_steps, int | np.integer) or num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1; got {num_steps!r}. It counts whole steps.")
 
 
 def ddim_timesteps(
@@ -248,6 +287,7 @@ def ddim_timesteps(
     Raises ValueError unless 1 <= num_sample_steps <= num_steps and the spacing is one of these.
     Source: Song et al. 2021, appendix D.2; the last two are other tools' habits.
     """
+    _check_num_steps(num_steps)
     if num_sample_steps not in range(1, num_steps + 1):
         raise ValueError(
             f"num_sample_steps must be an integer in [1, {num_steps}], the length of the trained "
@@ -307,4 +347,6 @@ def _check_indices(timesteps: Timesteps, num_steps: int) -> Int[Array, "S"]:
 
 
 def _preview(values: np.ndarray) -> str:
-    return np.array2string(values, threshold=8, edgeitems=3, separator=", ")
+    return np.array2string(
+        values, max_line_width=1000, precision=6, threshold=8, edgeitems=3, separator=", "
+    )

@@ -150,6 +150,9 @@ def is_zero(eta: Level) -> bool:
 
 
 def check_eta(eta: Level) -> None:
-    """Raise ValueError for a known eta below 0; a traced one cannot be checked."""
-    if not is_traced(eta) and not np.all(np.asarray(eta) >= 0):
-        raise ValueError(f"eta must be at least 0 (0 is DDIM, 1 is DDPM); got {eta}.")
+    """Raise ValueError for a known eta that is no number, or below 0; a traced one is not known."""
+    if is_traced(eta):
+        return
+    known = np.asarray(eta)
+    if not (np.issubdtype(known.dtype, np.number) and np.all(known >= 0)):
+        raise ValueError(f"eta must be at least 0 (0 is DDIM, 1 is DDPM); got {eta!r}.")

@@ -23,7 +23,6 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ddim_jax as dj
-from ddim_jax.keys import fold_in
 from ddim_jax.numerics import expand_level
 from ddim_jax.train import init_train_state, train_step
 from ddim_jax.unet import UNet
@@ -69,8 +68,10 @@ def uses(schedule: dj.Schedule) -> dict[str, Use]:
             dj.initial_noise(key, a["i"], SHAPE)[1]
         ),
         "draw_noise": lambda a: dj.draw_noise(dj.image_keys(key, a["i"]), a["x"]),
-        "fold_in": lambda a: jax.random.key_data(fold_in(dj.image_keys(key, a["i"]), 3)),
-        "fold_in, each": lambda a: jax.random.key_data(fold_in(dj.image_keys(key, a["i"]), a["t"])),
+        "fold_in": lambda a: jax.random.key_data(dj.fold_in(dj.image_keys(key, a["i"]), 3)),
+        "fold_in, each": lambda a: jax.random.key_data(
+            dj.fold_in(dj.image_keys(key, a["i"]), a["t"])
+        ),
         "alpha_bar": lambda a: schedule.alpha_bar(a["t"]),
         "alpha_bar, vmap": lambda a: jax.vmap(schedule.alpha_bar)(a["t"]),
         "noise_variance": lambda a: schedule.noise_variance(a["t"]),

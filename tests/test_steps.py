@@ -27,7 +27,8 @@ def clip_data_step(x, eps, ab, ab_prev, *, eta=0.0, noise=None, low=-1.0, high=1
     """diffusers' `clip_sample`: a network that says eps, wrapped, and the step with its pair."""
     levels = jnp.atleast_1d(jnp.asarray(ab, jnp.float32))
     t = jnp.arange(levels.size).reshape(jnp.shape(ab))
-    wrapped = dj.clip_x0_keep_eps(lambda x, t: eps, dj.Schedule(levels), low, high)
+    schedule = jax.tree.map(lambda _: levels, dj.Schedule(jnp.float32([0.5])))  # in no order
+    wrapped = dj.clip_x0_keep_eps(lambda x, t: eps, schedule, low, high)
     return dj.ddim_step(x, wrapped(x, t), ab, ab_prev, eta=eta, noise=noise)
 
 
