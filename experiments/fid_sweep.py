@@ -34,6 +34,7 @@ from common.sweep_store import (
     Progress,
     append_result,
     cell_of,
+    drop_other_times,
     find_settings,
     load_progress,
     read_results,
@@ -194,6 +195,7 @@ def _measure_missing(sweep: Sweep) -> None:
         drawer.run, drawer.measures, config.num_samples, config.seed, config.kept_features
     )
     there = find_settings(out, wanted, config.batch_size, drawer.run, config.dtype) or {}
+    drop_other_times(out, sweep.cells, drawer.run.spec.schedule.num_steps)
     done = {cell_of(line) for line in read_results(out)}
     missing = [cell for cell in sweep.cells if cell not in done]
     if not there and not missing:

@@ -773,3 +773,22 @@ def test_only_images_that_are_shown_leave_the_device(
     written = sorted((tmp_path / "images").rglob("*.png"))
     assert len(written) == (21 if save_images else 0)
     assert (tmp_path / "samples" / "S0003_eta_0.png").exists()
+
+
+def test_one_step_from_t_0_is_measured_again_from_noise(finished, tmp_path, capsys):
+    """As an earlier version left it: a line of S = 1, and the next cell under way."""
+    out = tmp_path / "out"
+    shutil.copytree(finished.out, out)
+    old, kept = [json.loads(text) for text in (out / "results.jsonl").read_text().splitlines()]
+    del old["times"]
+    old |= {"S": 1, "name": "S0001_eta_0", "network_calls": 1}
+    (out / "results.jsonl").write_text(json.dumps(old) + "\n" + json.dumps(kept) + "\n")
+    partial = {"format": 2, "cell": "S0001_sigma_hat", "count": 12, "seconds": 1.0}
+    np.savez(out / "partial.npz", **partial)  # whose states would be missing
+    fid_sweep.main(dataclasses.replace(finished, out=str(out), steps=(1,)))
+    assert "S0001_eta_0 was measured from other times" in capsys.readouterr().out
+    found = {line["name"]: line for line in lines(out)}
+    assert sorted(found) == ["S0001_eta_0", "S0001_sigma_hat", "S0003_sigma_hat"]
+    assert found["S0001_eta_0"]["values"] != old["values"]
+    kept.pop("seconds")
+    assert found["S0003_sigma_hat"] == kept

@@ -29,6 +29,7 @@ from ddim_jax.runs import Run
 from ddim_jax.solvers import SAMPLERS
 
 FORMAT = 2
+_TIMES = 2  # since when one step starts at noise, and T steps are all
 
 States = dict[str, dict[str, State]]
 """Network -> name of the state -> the state."""
@@ -59,6 +60,16 @@ class Cell(NamedTuple):
         """Network evaluations behind one image."""
         calls = SAMPLERS[self.sampler]().network_calls(self.num_steps)
         return calls if self.guidance_scale == 1 else 2 * calls
+
+    def was_otherwise(self, num_steps: int) -> bool:
+        """Whether an earlier version visited other times of the T = `num_steps` in this cell.
+
+        Its one step was from t = 0, where there is no noise, and a quadratic list of T repeated
+        the low indices.
+        """
+        if self.num_steps == 1:
+            return self.spacing != "trailing"
+        return self.num_steps == num_steps and self.spacing == "quadratic"
 
 
 class Progress(NamedTuple):
@@ -182,6 +193,30 @@ _RESULT = {
 }
 
 
+def drop_other_times(out: pathlib.Path, cells: Sequence[Cell], num_steps: int) -> None:
+    """Forget, and say so, what an earlier version measured at other times than now.
+
+    Files since then say "times": 2. `cells` are those wanted, of which one may be under way.
+    """
+    path = out / "results.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = []
+    for text in lines:
+        line = _read_line(path, text)
+        if line.get("times", 1) >= _TIMES or not cell_of(line).was_otherwise(num_steps):
+            kept.append(text)
+        else:
+            print(f"{line['name']} was measured from other times by an earlier version: once more")
+    if len(kept) < len(lines):
+        write_whole(path, "".join(text + "\n" for text in kept).encode())
+    others = [cell for cell in cells if cell.was_otherwise(num_steps)]
+    names = {cell.name(plain) for cell in others for plain in (cell.spacing, "")}
+    if names and (partial := out / "partial.npz").exists():
+        arrays = read_npz(partial, "a cell under way", way_out="Delete it to draw this cell again.")
+        if str(arrays.get("cell")) in names and int(arrays.get("times", 1)) < _TIMES:
+            partial.unlink()
+
+
 def _read_line(path: pathlib.Path, text: str) -> dict[str, Any]:
     _check_line_format(path, text)
     try:
@@ -242,6 +277,7 @@ def _line(cell, progress, measures, settings) -> dict[str, Any]:
     fingerprint = settings["fingerprint"]
     return {
         "format": FORMAT,
+        "times": _TIMES,
         **dict(zip(_CELL_KEYS, cell, strict=True)),
         "network_calls": cell.network_calls(),
         "name": cell.name(settings["spacing"]),
@@ -279,7 +315,13 @@ def save_progress(out: pathlib.Path, name: str, progress: Progress) -> None:
             arrays |= state_to_arrays(state, f"{network}.{state_name}")
     file = io.BytesIO()
     np.savez(
-        file, format=FORMAT, cell=name, count=progress.count, seconds=progress.seconds, **arrays
+        file,
+        format=FORMAT,
+        times=_TIMES,
+        cell=name,
+        count=progress.count,
+        seconds=progress.seconds,
+        **arrays,
     )
     write_whole(out / "partial.npz", file.getvalue())
 
