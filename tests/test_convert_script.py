@@ -20,9 +20,14 @@ import convert
 import presets
 import sample
 from convert import ConvertConfig
+from refusals import refused
+from small_runs import SMALL, newest_step
 
+from ddim_jax.checkpoint import Checkpointer
 from ddim_jax.convert import flax_to_paper, save_diffusers
+from ddim_jax.files import only_one_process
 from ddim_jax.runs import ModelConfig, load_trained, read_config
+from ddim_jax.runs.folder import write_config
 from ddim_jax.unet import UNet
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -115,6 +120,21 @@ def test_the_same_file_again_is_fine_and_another_model_is_refused(folder, tmp_pa
         from_diffusers(folder, tmp_path / "w")
     assert (tmp_path / "w" / "config.json").read_text() == before
     assert_same(load_trained(tmp_path / "w").params.network, weights(UNITS, 8))
+
+
+def test_a_run_in_the_folder_is_left_alone(folder, tmp_path):
+    """Whether a process is at it, or it stands still."""
+    run = tmp_path / "run"
+    with only_one_process(run), refused("run is in use by another process"):
+        from_diffusers(folder, run)
+    assert not (run / "config.json").exists() and not (run / "checkpoints").exists()
+    write_config(run, SMALL.spec((8, 8, 1)).describe())
+    with Checkpointer(run / "checkpoints") as checkpointer:
+        checkpointer.save(3, {"params": {"w": jnp.ones(2)}})
+    before = (run / "config.json").read_text()
+    with refused("configuration: .*converted_from"):
+        from_diffusers(folder, run)
+    assert (run / "config.json").read_text() == before and newest_step(run) == 3
 
 
 def test_the_set_that_was_not_taken_is_refused_by_name(folder, tmp_path):
