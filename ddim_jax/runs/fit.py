@@ -36,9 +36,9 @@ from ddim_jax.runs.folder import (
     save_codec_params,
     write_config,
 )
+from ddim_jax.runs.hosts import agree_on_run, agree_on_state, agree_on_workdir, join
 from ddim_jax.runs.load import load_weights
 from ddim_jax.runs.log import Log, Watcher
-from ddim_jax.runs.options import with_local_paths
 from ddim_jax.runs.spec import ROUNDING, ModelConfig, RunParams, RunSpec
 from ddim_jax.train import TrainState, adam_with_warmup, init_train_state
 
@@ -65,40 +65,50 @@ def fit(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> None:
 
     A run found there is resumed, to the same bits as one that was never stopped. Losses go to
     metrics.jsonl and to the watchers.
+    Several hosts (`distributed`) must share the workdir, have equally many devices and be given the
+    same settings and images. Each has its own process_id, and may spell or place `workdir`, `data`,
+    `data_dir` and `coordinator` otherwise. They compare settings, images, versions, what is in the
+    workdir, step and weights before the first update.
     Raises ValueError, before anything is written, for settings that no run could use, or other
     settings than those of the run in the folder; FloatingPointError for a loss or gradient that is
-    not finite, the checkpoints before it kept.
+    not finite, the checkpoints before it kept. What one host refuses, and what they do not agree
+    on, is raised on all of them.
     """
     started = time.monotonic()
-    config.check()
-    config = with_local_paths(config)
-    if config.distributed:
-        parallel.initialize_distributed(config.coordinator, config.num_processes, config.process_id)
-        if config.max_seconds is not None and jax.process_count() > 1:
-            raise ValueError("max_seconds must be None with several hosts: their clocks differ.")
-    parallel.check_batch_size(config.batch_size, config.num_microbatches)
-    job = _job(config)
+    config = join(config)
+    job = parallel.together(lambda: _job(config))
     # Traced before anything is written: a network that does not fit the images is refused here.
     key = seed_key(config.seed)
-    template = jax.eval_shape(job.init, key)
-    description = _described(job)
+    template = parallel.together(lambda: jax.eval_shape(job.init, key))
+    description = parallel.together(lambda: _described(job))
+    agree_on_run(description)
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            stack.enter_context(only_one_process(job.workdir))
-            write_config(job.workdir, description)
-            save_codec_params(job.workdir, job.frozen.codec)
+        first = jax.process_index() == 0
+        parallel.together(lambda: first and stack.enter_context(only_one_process(job.workdir)))
+        agree_on_workdir(job.workdir)
+        parallel.together(lambda: first and _write_settings(job, description))
         checkpointer = stack.enter_context(checkpoints(job.workdir, config.keep_checkpoints))
-        if checkpointer.latest_step() is None:
-            # Runs once: on a CPU optimizing this program takes far longer than running it.
-            quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-            init = jax.jit(job.init, compiler_options=quick)
-            # Given weights would be compiled in, as constants.
-            state = init(key) if config.init_from is None else job.init(key)
-        else:
-            state = checkpointer.restore(template)
+        state = parallel.together(lambda: _start(job, key, template, checkpointer))
+        agree_on_state(state)
         _announce(job, state)
         if int(state.step) < config.max_steps:
             _train(job, state, checkpointer, watchers, started)
+
+
+def _write_settings(job: _Job, description: dict[str, Any]) -> None:
+    write_config(job.workdir, description)
+    save_codec_params(job.workdir, job.frozen.codec)
+
+
+def _start(job: _Job, key: jax.Array, template: Any, checkpointer: Checkpointer) -> TrainState:
+    """The state of the newest checkpoint, or the one before the first step."""
+    if checkpointer.latest_step() is not None:
+        return checkpointer.restore(template)
+    if job.config.init_from is not None:
+        return job.init(key)  # in a program the given weights would be constants
+    # Runs once: on a CPU optimizing this program takes far longer than running it.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    return jax.jit(job.init, compiler_options=quick)(key)
 
 
 def _job(config: TrainConfig) -> _Job:

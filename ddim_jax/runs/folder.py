@@ -183,9 +183,14 @@ def _merged(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
 
 
 def has_checkpoints(workdir: str | pathlib.Path) -> bool:
-    """Whether a run saved anything there. Not asked of orbax, which waits for the other hosts."""
+    """Whether a run saved anything there."""
+    return bool(saved_steps(workdir))
+
+
+def saved_steps(workdir: str | pathlib.Path) -> list[int]:
+    """The steps saved there, ascending. Not asked of orbax, which waits for the other hosts."""
     folders = (local_path(workdir, "workdir") / "checkpoints").glob("*")
-    return any(folder.name.isdecimal() for folder in folders)
+    return sorted(int(folder.name) for folder in folders if folder.name.isdecimal())
 
 
 def checkpoints(workdir: str | pathlib.Path, keep: int = 3) -> Checkpointer:

@@ -1,0 +1,93 @@
+"""A run on several hosts: they join, agree on what is trained, and see one workdir, or all stop."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import secrets
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+from flax import traverse_util
+
+from ddim_jax import parallel
+from ddim_jax.hashing import content_hash
+from ddim_jax.runs.config import TrainConfig
+from ddim_jax.runs.folder import saved_steps
+from ddim_jax.runs.options import with_local_paths
+from ddim_jax.train import TrainState
+
+Config = TypeVar("Config", bound=TrainConfig)
+MAY_DIFFER = frozenset({"workdir", "data", "data_dir", "num_workers", "coordinator", "process_id"})
+"""Settings that a host may have of its own: where a thing stands there, and who it is."""
+
+
+def join(config: Config) -> Config:
+    """The settings, with every path expanded, once all hosts have joined, if there are several.
+
+    Raises ValueError for settings that no run could use: on every host, once they have joined.
+    """
+    config.check_hosts()
+    if config.distributed:
+        parallel.initialize_distributed(config.coordinator, config.num_processes, config.process_id)
+    return parallel.together(lambda: _usable(config))
+
+
+def _usable(config: Config) -> Config:
+    config.check()
+    if config.max_seconds is not None and jax.process_count() > 1:
+        raise ValueError("max_seconds must be None with several hosts: their clocks differ.")
+    parallel.check_batch_size(config.batch_size, config.num_microbatches)
+    return with_local_paths(config)
+
+
+def agree_on_run(description: Mapping[str, Any]) -> None:
+    """Raise ValueError on every host unless all are to train the same: settings, data, versions."""
+
+    def facts() -> dict[str, Any]:
+        shared = {key: value for key, value in description.items() if key not in MAY_DIFFER}
+        software = {"jax": jax.__version__, "jax_enable_x64": jax.config.read("jax_enable_x64")}
+        return traverse_util.flatten_dict(shared, sep=".") | software
+
+    parallel.agree(facts, "Start every host with the same settings, on the same data.")
+
+
+def agree_on_workdir(workdir: pathlib.Path) -> None:
+    """Raise ValueError on every host unless the folder, which is made, is one that all share."""
+    if jax.process_count() == 1:
+        return
+    name = parallel.gather(f".shared.{secrets.token_hex(8)}")[0]
+    try:
+        # Made by all: a host that looked for the folder too early may not see it otherwise (NFS).
+        parallel.together(lambda: _make(workdir, name))
+        parallel.agree(lambda: _found_in(workdir, name), "Give a workdir that all hosts share.")
+    finally:
+        if jax.process_index() == 0:
+            (workdir / name).unlink(missing_ok=True)
+
+
+def _make(workdir: pathlib.Path, name: str) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        (workdir / name).touch()
+
+
+def _found_in(workdir: pathlib.Path, name: str) -> dict[str, Any]:
+    config = workdir / "config.json"
+    config_hash = hashlib.sha256(config.read_bytes()).hexdigest()[:8] if config.is_file() else None
+    return {
+        "a file that process 0 just wrote in the workdir": (workdir / name).exists(),
+        "the list of steps saved there": saved_steps(workdir),
+        "the hash of config.json there": config_hash,
+    }
+
+
+def agree_on_state(state: TrainState) -> None:
+    """Raise ValueError on every host unless all go on from the same step and the same weights."""
+
+    def facts() -> dict[str, Any]:
+        weights = {"params": state.params, "ema_params": state.ema_params}
+        return {"step": int(state.step), "the hash of the weights": content_hash(weights)[:8]}
+
+    parallel.agree(facts, "Start every host on the same kind of device, init_from the same files.")
