@@ -57,30 +57,36 @@ def agree_on_workdir(workdir: pathlib.Path) -> None:
     """Raise ValueError on every host unless the folder, which is made, is one that all share."""
     if jax.process_count() == 1:
         return
-    name = parallel.gather(f".shared.{secrets.token_hex(8)}")[0]
+    new = workdir / parallel.gather(f".shared.{secrets.token_hex(8)}")[0]
     try:
-        # Made by all: a host that looked for the folder too early may not see it otherwise (NFS).
-        parallel.together(lambda: _make(workdir, name))
-        parallel.agree(lambda: _found_in(workdir, name), "Give a workdir that all hosts share.")
+        parallel.together(lambda: _make(new))
+        parallel.together(lambda: _see(new))
     finally:
         if jax.process_index() == 0:
-            (workdir / name).unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
+    # One folder, and yet a network's file system may show a host what was there a minute ago.
+    parallel.agree(lambda: _content(workdir), "Call again once all hosts see the same files.")
 
 
-def _make(workdir: pathlib.Path, name: str) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
+def _make(file: pathlib.Path) -> None:
+    # Its folder is made by all: a host that looked for it too early may not see it otherwise (NFS).
+    file.parent.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        (workdir / name).touch()
+        file.touch()
 
 
-def _found_in(workdir: pathlib.Path, name: str) -> dict[str, Any]:
+def _see(file: pathlib.Path) -> None:
+    if not file.exists():
+        raise ValueError(
+            f"workdir must be one folder that all hosts share; {file.parent} on this host is not "
+            "the one that process 0 writes to. Give a folder on a shared file system."
+        )
+
+
+def _content(workdir: pathlib.Path) -> dict[str, Any]:
     config = workdir / "config.json"
     config_hash = hashlib.sha256(config.read_bytes()).hexdigest()[:8] if config.is_file() else None
-    return {
-        "a file that process 0 just wrote in the workdir": (workdir / name).exists(),
-        "the list of steps saved there": saved_steps(workdir),
-        "the hash of config.json there": config_hash,
-    }
+    return {"workdir's list of steps": saved_steps(workdir), "config.json's hash": config_hash}
 
 
 def agree_on_state(state: TrainState) -> None:
