@@ -42,15 +42,21 @@ def _usable(config: Config) -> Config:
     return with_local_paths(config)
 
 
-def agree_on_run(description: Mapping[str, Any]) -> None:
-    """Raise ValueError on every host unless all are to train the same: settings, data, versions."""
+def agree_on_run(description: Mapping[str, Any], resumed: bool) -> None:
+    """Raise ValueError on every host unless all are to train the same: settings, data, versions.
+
+    And start alike, for what they do next is done by all: resumed or not, or from init_from.
+    """
 
     def facts() -> dict[str, Any]:
         shared = {key: value for key, value in description.items() if key not in MAY_DIFFER}
         software = {"jax": jax.__version__, "jax_enable_x64": jax.config.read("jax_enable_x64")}
-        return traverse_util.flatten_dict(shared, sep=".") | software
+        begin: dict[str, Any] = {"the workdir's having a run to resume": resumed}
+        if (given := description["init_from"]) is not None:
+            begin["init_from's list of steps"] = saved_steps(given)
+        return traverse_util.flatten_dict(shared, sep=".") | software | begin
 
-    parallel.agree(facts, "Start every host with the same settings, on the same data.")
+    parallel.agree(facts, "Start every host with the same settings, on the same files.")
 
 
 def agree_on_workdir(workdir: pathlib.Path) -> None:
