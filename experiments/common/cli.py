@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
@@ -33,6 +34,7 @@ def run(
     else:
         config = tyro.extras.overridable_config_cli(presets)
     _keep_compiled_programs()
+    warnings.showwarning = _warn
     try:
         main(prepare(config))
     except (ValueError, OverflowError, ImportError, OSError) as error:
@@ -46,6 +48,12 @@ def _keep_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "ddim_jax" / "programs"))
+
+
+def _warn(message: Warning | str, category: type[Warning], *place: object) -> None:
+    """A warning as users read it: a line, without the place in the code."""
+    kind = "warning" if category is UserWarning else category.__name__
+    print(f"{kind}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def _stop(error: Exception, code: int) -> NoReturn:
