@@ -59,6 +59,7 @@ PRECISION = KID | {
 }
 LINE = {
     "format": 2,
+    "times": 2,
     "S": 10,
     "sampler": "ddim",
     "eta": 0.0,
