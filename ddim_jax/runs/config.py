@@ -7,6 +7,7 @@ from typing import Any
 
 from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.codec import CODECS, PIXELS, Codec
+from ddim_jax.numerics import Precision, check_precision
 from ddim_jax.objectives import DENOISING, OBJECTIVES, Objective
 from ddim_jax.paths import DataName, Folder
 from ddim_jax.runs.options import check_limits, option
@@ -44,6 +45,10 @@ class TrainConfig:
     predicts: str = "eps"
     """What the network predicts: eps, v or x0."""
     codec: Codec = PIXELS
+    precision: Precision | None = None
+    """How products of float32 matrices are computed, when sampling too unless told otherwise:
+    default is the device's quickest way (TF32, bfloat16), highest is float32; as JAX is set if not
+    given."""
     spacing: Spacing = "uniform"
     """Sub-sequence that sampling from this model uses unless told otherwise."""
     objective: Objective = DENOISING
@@ -97,6 +102,7 @@ class TrainConfig:
         if not self.workdir:
             raise ValueError("workdir must name the folder of the run; got ''.")
         check_limits(self)
+        check_precision(self.precision)
         self.objective.check(self.predicts)
         model = self.model
         if model.num_classes and not model.no_class_row and self.objective.trains_no_class():
@@ -115,6 +121,7 @@ class TrainConfig:
             predicts=self.predicts,
             codec=self.codec,
             unconditional=self.objective.trains_no_class(),
+            precision=self.precision,
         )
 
     def describe(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ddim_jax.data.stream import batches, prefetch_to_device
 from ddim_jax.files import only_one_process
 from ddim_jax.hashing import content_hash
 from ddim_jax.keys import seed_key
+from ddim_jax.numerics import matmul_precision
 from ddim_jax.objectives import Frozen, LossFn, Setup
 from ddim_jax.paths import local_path
 from ddim_jax.runs.config import TrainConfig
@@ -77,7 +78,13 @@ def fit(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> None:
         if config.max_seconds is not None and jax.process_count() > 1:
             raise ValueError("max_seconds must be None with several hosts: their clocks differ.")
     parallel.check_batch_size(config.batch_size, config.num_microbatches)
-    job = _job(config)
+    with matmul_precision(config.precision):
+        _fit(_job(config), watchers, started)
+
+
+def _fit(job: _Job, watchers: Sequence[Watcher], started: float) -> None:
+    """`fit`, once the settings and the data are known to fit each other."""
+    config = job.config
     # Traced before anything is written: a network that does not fit the images is refused here.
     key = seed_key(config.seed)
     template = jax.eval_shape(job.init, key)
