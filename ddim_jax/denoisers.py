@@ -26,7 +26,7 @@ from ddim_jax.predict import (
     velocity,
     x0_to_epsilon,
 )
-from ddim_jax.types import Data, Denoiser, Level, NoiseSchedule, Prediction, Time, is_traced
+from ddim_jax.types import Data, Denoiser, Level, NoiseSchedule, Prediction, is_traced
 
 NetworkFn: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 """(x, t) -> eps, v, x0 or score, of x's shape."""
@@ -145,7 +145,7 @@ def _widened(answer: jax.Array | Prediction) -> jax.Array | Prediction:
     return jax.tree.map(widen, answer)
 
 
-def check_not_clipped(eps_fn: Denoiser, schedule: NoiseSchedule, x: Data, t: Time) -> Data:
+def check_not_clipped(eps_fn: Denoiser, schedule: NoiseSchedule, x: Data, t: jax.Array) -> Data:
     """x itself, which is about to be encoded; raises ValueError where eps_fn clips.
 
     Different x_t clip to the same x_prev. What `clip_x0` returned is known wherever it is called
@@ -197,7 +197,9 @@ def _may_cut(equation: Any, shape: tuple[int, ...]) -> bool:
     )
 
 
-def _is_cut_far_outside(eps_fn: Denoiser, schedule: NoiseSchedule, x: Data, t: Time) -> jax.Array:
+def _is_cut_far_outside(
+    eps_fn: Denoiser, schedule: NoiseSchedule, x: Data, t: jax.Array
+) -> jax.Array:
     """Whether x0_hat is one thing at a point, twice as far, and another opposite, everywhere."""
     index = jnp.arange(jnp.size(x)).reshape(jnp.shape(x))
     far = (30 * (1 + index / jnp.size(x)) * jnp.where(index % 2, -1, 1)).astype(x.dtype)

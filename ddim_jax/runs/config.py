@@ -97,8 +97,19 @@ class TrainConfig:
     process_id: int | None = option(None, may_change=True)
     """Which of them this is, from 0."""
 
+    def check_hosts(self) -> None:
+        """Raise ValueError for what only a run on several hosts uses, without `distributed`."""
+        for name in ("coordinator", "num_processes", "process_id"):
+            value = getattr(self, name)
+            if value is not None and not self.distributed:
+                raise ValueError(
+                    f"{name} must be given with distributed only; got {value}. Without it each "
+                    "process would train alone: set distributed too, or leave it out."
+                )
+
     def check(self) -> None:
         """Raise ValueError for settings that no run could use."""
+        self.check_hosts()
         if not self.workdir:
             raise ValueError("workdir must name the folder of the run; got ''.")
         check_limits(self)
