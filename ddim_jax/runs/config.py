@@ -7,6 +7,7 @@ from typing import Any
 
 from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.codec import CODECS, PIXELS, Codec
+from ddim_jax.data.load import CropName
 from ddim_jax.numerics import Precision, check_precision
 from ddim_jax.objectives import DENOISING, OBJECTIVES, Objective
 from ddim_jax.paths import DataName, Folder
@@ -37,6 +38,9 @@ class TrainConfig:
     """Which part of the data to train on; TFDS slices such as train[:1000] work."""
     image_size: int | None = option(None, at_least=1)
     """Resize and crop images to this side; without it all must have one size."""
+    crop: CropName | None = None
+    """celeba cuts the paper's 128x128 out of aligned CelebA images, 178x218, and makes it 64x64
+    unless image_size is given; TFDS's celeb_a always has it."""
     num_workers: int = option(0, at_least=0, may_change=True)
     """Processes that decode images of sets too large for memory; 0 uses threads."""
 

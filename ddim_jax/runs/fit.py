@@ -127,7 +127,11 @@ def _start(job: _Job, key, weights, template, checkpointer: Checkpointer) -> Tra
 def _job(config: TrainConfig) -> _Job:
     workdir = local_path(config.workdir, "workdir", "folder")
     source = load_images(
-        config.data, split=config.split, data_dir=config.data_dir, image_size=config.image_size
+        config.data,
+        split=config.split,
+        data_dir=config.data_dir,
+        image_size=config.image_size,
+        crop=config.crop,
     )
     spec = config.spec(source.image_shape)
     spec.timesteps(1)  # refuses a spacing that the schedule has not

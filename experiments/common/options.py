@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ddim_jax.checks import NUM_SEEDS
+from ddim_jax.data.load import CropName
 from ddim_jax.numerics import Precision
 from ddim_jax.paths import DataName, Folder
 from ddim_jax.runs import Run, Weights, load_trained
@@ -98,6 +99,9 @@ class DataOptions:
     """Where TFDS sets stand; its own default if not given."""
     image_size: int | None = option(None, at_least=1)
     """Resize and crop images to this side; without it all must have one size."""
+    crop: CropName | None = None
+    """celeba cuts the paper's 128x128 out of aligned CelebA images, 178x218, and makes it 64x64
+    unless image_size is given; TFDS's celeb_a always has it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,3 +115,5 @@ class RealImageOptions:
     """Which part of the data; if not given one held out from training, where there is one."""
     data_dir: Folder | None = None
     """Where TFDS sets stand."""
+    crop: CropName | None = None
+    """celeba cuts the paper's 128x128 out of aligned CelebA images, 178x218."""

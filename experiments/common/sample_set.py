@@ -271,6 +271,7 @@ def open_images(name: str, options: DataOptions) -> tuple[ImageSource, str]:
         split=options.split,
         data_dir=options.data_dir,
         image_size=options.image_size,
+        crop=options.crop,
         in_memory=False,
     )
     count = len(source)
