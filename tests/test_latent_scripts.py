@@ -173,6 +173,14 @@ def test_distances_of_a_network_without_opinion(zero, tmp_path):
     distance = np.linalg.norm(features[0] - features[1], axis=1).mean()
     assert found["distances"]["DDIM"]["features"] == pytest.approx([distance, 0], rel=0.05)
     assert (tmp_path / "same_latent.png").exists()
+    same_latent.main(
+        same_latent.SameLatentConfig(
+            workdir=zero, out=str(tmp_path), steps=(2, 1), num_images=5, variance="fixed_large"
+        )
+    )
+    larger = results(tmp_path)["distances"]
+    assert larger["DDIM"]["pixels"] == found["distances"]["DDIM"]["pixels"]
+    assert larger["DDPM"]["pixels"][0] != found["distances"]["DDPM"]["pixels"][0]
 
 
 def test_pixel_distance_is_on_unit_pixels():

@@ -21,6 +21,7 @@ from ddim_jax.data.stream import batches, prefetch_to_device
 from ddim_jax.files import only_one_process
 from ddim_jax.hashing import content_hash
 from ddim_jax.keys import seed_key
+from ddim_jax.numerics import matmul_precision
 from ddim_jax.objectives import Frozen, LossFn, Setup
 from ddim_jax.paths import local_path
 from ddim_jax.runs.config import TrainConfig
@@ -74,6 +75,12 @@ def fit(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> None:
     """
     started = time.monotonic()
     config = join(config)
+    with matmul_precision(config.precision):
+        _fit(config, watchers, started)
+
+
+def _fit(config: TrainConfig, watchers: Sequence[Watcher], started: float) -> None:
+    """`fit` with settings that a run could use."""
     job = parallel.together(lambda: _job(config))
     description = parallel.together(lambda: _described(job))
     agree_on_run(description, job.resumed)
@@ -120,7 +127,11 @@ def _start(job: _Job, key, weights, template, checkpointer: Checkpointer) -> Tra
 def _job(config: TrainConfig) -> _Job:
     workdir = local_path(config.workdir, "workdir", "folder")
     source = load_images(
-        config.data, split=config.split, data_dir=config.data_dir, image_size=config.image_size
+        config.data,
+        split=config.split,
+        data_dir=config.data_dir,
+        image_size=config.image_size,
+        crop=config.crop,
     )
     spec = config.spec(source.image_shape)
     spec.timesteps(1)  # refuses a spacing that the schedule has not
