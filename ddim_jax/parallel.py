@@ -152,11 +152,18 @@ def map_batches(
         yield _on_host(*computing.popleft())
 
 
-def map_rows(program: Callable[..., Any], params: Any, batch_size: int, *arrays: Any) -> Any:
+def map_rows(
+    program: Callable[..., Any],
+    params: Any,
+    batch_size: int,
+    *arrays: Any,
+    on_rows: Callable[[int], object] | None = None,
+) -> Any:
     """program(params, *arrays) for any number of rows, at most `batch_size` of them at a time.
 
     What `map_batches` yields, put together: a pytree with one row for each row of the arrays. All
-    of them are this process's. Raises ValueError for a batch_size below 1, and for no rows.
+    of them are this process's. on_rows: called with the number of rows of each batch that is done,
+    to show progress. Raises ValueError for a batch_size below 1, and for no rows.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
@@ -165,8 +172,17 @@ def map_rows(program: Callable[..., Any], params: Any, batch_size: int, *arrays:
         raise ValueError(f"arrays must have rows, and all as many; got {[*map(len, arrays)]} rows.")
     starts = range(0, len(arrays[0]), batch_size)
     batches = (tuple(array[start : start + batch_size] for array in arrays) for start in starts)
-    parts = list(map_batches(program, params, batches))
-    return jax.tree.map(lambda *part: np.concatenate(part), *parts)
+    return joined(map_batches(program, params, batches), on_rows)
+
+
+def joined(parts: Iterable[Any], on_rows: Callable[[int], object] | None = None) -> Any:
+    """Pytrees of arrays with one leading axis, put together; on_rows: told of the rows of each."""
+    kept = []
+    for part in parts:
+        kept.append(part)
+        if on_rows is not None:
+            on_rows(len(jax.tree.leaves(part)[0]))
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *kept)
 
 
 def _filled(array: Any, size: int) -> np.ndarray:

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from common import cli, figures
+from common.progress import Progress
 from common.results import write_results
 from jax.scipy.special import ndtr
 from jaxtyping import Array, Float
@@ -47,6 +48,7 @@ LABELS = {
 ORDERS = {"ddim": 1, "probability_flow_euler": 1, "heun": 2, "dpm_solver_pp_2m": 2}
 """Sampler -> its order in theory, where it has one."""
 
+CONVERGENCE_STEPS = (8, 16, 32, 64, 128, 256)
 FINE = 2**11
 FEW_STEPS = 10
 
@@ -78,10 +80,12 @@ def main(config: CompareConfig) -> None:
     names = list(dict.fromkeys(config.samplers))
     samplers = {LABELS.get(name, name): named_sampler(name) for name in names}
     steps = sorted(set(config.steps))
-    with jax.enable_x64(True):  # errors of many steps are below float32's rounding
+    solves = len(samplers) * (len(CONVERGENCE_STEPS) + len({*steps, FEW_STEPS}))
+    # Errors of many steps are below float32's rounding.
+    with jax.enable_x64(True), Progress("compare_solvers.py", solves, "solutions") as progress:
         x_T = jax.scipy.stats.norm.ppf((np.arange(config.num_points) + 0.5) / config.num_points)
-        convergence = _convergence(samplers, x_T)
-        few, ends = _on_the_papers_schedule(samplers, x_T, steps, config.spacing)
+        convergence = _convergence(samplers, x_T, progress)
+        few, ends = _on_the_papers_schedule(samplers, x_T, steps, config.spacing, progress)
     for name, label in zip(names, samplers, strict=True):
         order, theory = measured_order(*convergence[label]), ORDERS.get(name, "none known")
         print(f"{label:24s} order {order:.2f}, in theory {theory}")
@@ -141,7 +145,7 @@ def measured_order(calls: list[int], errors: list[float]) -> float:
 
 
 def _convergence(
-    samplers: dict[str, Sampler], x_T: Float[Array, "N"]
+    samplers: dict[str, Sampler], x_T: Float[Array, "N"], progress: Progress
 ) -> dict[str, tuple[list[int], list[float]]]:
     """Sampler -> network calls and errors, on levels evenly spaced in log s, where orders show."""
     s = np.geomspace(1e-5, 60, FINE + 1)
@@ -150,25 +154,31 @@ def _convergence(
     curves = {}
     for name, sampler in samplers.items():
         calls, errors = [], []
-        for num_steps in (8, 16, 32, 64, 128, 256):
+        for num_steps in CONVERGENCE_STEPS:
             timesteps = np.arange(FINE, -1, -(FINE // num_steps))
             x_0 = solve(sampler, schedule, x_T, timesteps)
             calls.append(sampler.network_calls(len(timesteps)))
             errors.append(float(mean_error(x_0, exact)))
+            progress.add(1)
         curves[name] = (calls, errors)
     return curves
 
 
 def _on_the_papers_schedule(
-    samplers: dict[str, Sampler], x_T: Float[Array, "N"], steps: list[int], spacing: Spacing
+    samplers: dict[str, Sampler],
+    x_T: Float[Array, "N"],
+    steps: list[int],
+    spacing: Spacing,
+    progress: Progress,
 ) -> tuple[dict[str, list[float]], dict[str, Float[Array, "N"]]]:
     """Sampler -> its error for each S; sampler -> x_0 of FEW_STEPS."""
     schedule = Schedule(linear_schedule(1000).alphas_cumprod.astype(jnp.float64))
     grids = {s: ddim_timesteps(1000, s, spacing) for s in sorted({*steps, FEW_STEPS})}
-    ends = {
-        s: {name: solve(sampler, schedule, x_T, grid) for name, sampler in samplers.items()}
-        for s, grid in grids.items()
-    }
+    ends: dict[int, dict[str, Float[Array, "N"]]] = {s: {} for s in grids}
+    for s, grid in grids.items():
+        for name, sampler in samplers.items():
+            ends[s][name] = solve(sampler, schedule, x_T, grid)
+            progress.add(1)
     exact = {s: exact_flow(x_T, schedule.alpha_bar(grid[0])) for s, grid in grids.items()}
     errors = {
         name: [float(mean_error(ends[s][name], exact[s])) for s in steps] for name in samplers

@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from common import cli, figures, real
 from common.options import DrawOptions, ModelOptions, RealImageOptions, StepsOptions
+from common.progress import Progress
 from jaxtyping import Float, UInt8
 
 from ddim_jax.keys import initial_noise, seed_key
@@ -131,8 +132,9 @@ def _decode(
 
 
 def _map(program: Callable[..., Any], run: Run, rows: np.ndarray, config: InterpolateConfig):
-    labels = np.full(len(rows), config.label, np.int32)
-    return map_rows(over_devices(program), run.params, config.batch_size, rows, labels)
+    labels, run_rows = np.full(len(rows), config.label, np.int32), over_devices(program)
+    with Progress("interpolate.py", len(rows), "images") as progress:
+        return map_rows(run_rows, run.params, config.batch_size, rows, labels, on_rows=progress.add)
 
 
 def _draw(path: pathlib.Path, lines, originals, norms, grid) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from common import cli, figures, real
 from common.exact import exact
 from common.options import DrawOptions, ModelOptions, RealImageOptions
+from common.progress import Progress
 from common.results import write_results
 
 from ddim_jax.bound import BoundTerms, fixed_large_sigmas, process_sigmas, variational_bound
@@ -72,7 +73,10 @@ def main(config: LikelihoodConfig) -> None:
 
     program = bound_program(spec, timesteps, list(processes.values()), config.seed)
     indices = np.arange(len(images.image))
-    terms = map_rows(program, run.params, config.batch_size, *images, indices)
+    with Progress("likelihood.py", len(indices), "images") as progress:
+        terms = map_rows(
+            program, run.params, config.batch_size, *images, indices, on_rows=progress.add
+        )
     rows = [_row(name, jax.tree.map(lambda a, i=i: a[:, i], terms)) for i, name in
             enumerate(processes)]  # fmt: skip
     if not all(np.isfinite(row["total"]) for row in rows):

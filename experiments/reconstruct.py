@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from common import cli, figures, real
 from common.options import ModelOptions, RealImageOptions, SpacingOptions
+from common.progress import Progress
 from common.results import write_results
 
 from ddim_jax.inversion import encode_fixed_point
@@ -62,17 +63,30 @@ def main(config: ReconstructConfig) -> None:
 
     def reconstruct(timesteps: Timesteps, num_iterations: int | None = None):
         program = reconstruction_program(run.spec, timesteps, num_iterations)
-        error, *pictures = map_rows(program, run.params, config.batch_size, *images)
+        error, *pictures = map_rows(
+            program,
+            run.params,
+            config.batch_size,
+            *images,
+            on_rows=lambda rows: progress.add(rows * _calls(timesteps, num_iterations)),
+        )
         return error, *map(checked_images, pictures)
 
     rows, decoded, latent = [], {}, None
-    for num_steps, timesteps in grids.items():
-        errors, latent, decoded[num_steps] = reconstruct(timesteps)
-        row = {"S": num_steps, "mse": float(errors.mean())}
-        if iterations is not None:
-            row |= _implicit_row(reconstruct, run.spec, timesteps, config)
-        rows.append(row)
-        print(f"S = {num_steps:4d}  error {row['mse']:.2e}", flush=True)
+    calls = sum(_calls(timesteps) for timesteps in grids.values())
+    if iterations is not None:
+        calls += sum(
+            _calls(timesteps, iterations) + 2 * _plain_steps(run.spec, timesteps, iterations)
+            for timesteps in grids.values()
+        )
+    with Progress("reconstruct.py", calls * len(images.image), "network calls") as progress:
+        for num_steps, timesteps in grids.items():
+            errors, latent, decoded[num_steps] = reconstruct(timesteps)
+            row = {"S": num_steps, "mse": float(errors.mean())}
+            if iterations is not None:
+                row |= _implicit_row(reconstruct, run.spec, timesteps, config)
+            rows.append(row)
+            progress.say(f"S = {num_steps:4d}  error {row['mse']:.2e}")
     print(f"\n{_table(rows, iterations)}\n\n{_conditions(config, run, data)}")
 
     out = pathlib.Path(config.out)
@@ -116,6 +130,16 @@ def reconstruction_program(
     return over_devices(reconstruct)
 
 
+def _calls(timesteps: Timesteps, num_iterations: int | None = None) -> int:
+    """Network calls of one image's reconstruction, encoding by so many iterations each step."""
+    return ((num_iterations or 1) + 1) * len(timesteps)
+
+
+def _plain_steps(spec: RunSpec, timesteps: Timesteps, num_iterations: int) -> int:
+    """Steps of the plain reconstruction with as many network calls, as far as there are times."""
+    return min(_calls(timesteps, num_iterations) // 2, spec.schedule.num_steps)
+
+
 def _implicit_row(
     reconstruct: Callable[..., Any],
     spec: RunSpec,
@@ -124,8 +148,8 @@ def _implicit_row(
 ) -> dict[str, float]:
     """The implicit error, and the plain one at as many network calls for encoding and decoding."""
     iterations = config.fixed_point_iterations or 0
-    calls = (iterations + 1) * len(timesteps)
-    plain_steps = min(calls // 2, spec.schedule.num_steps)
+    calls = _calls(timesteps, iterations)
+    plain_steps = _plain_steps(spec, timesteps, iterations)
     implicit = reconstruct(timesteps, iterations)[0].mean()
     plain = reconstruct(spec.timesteps(plain_steps, config.spacing))[0].mean()
     return {

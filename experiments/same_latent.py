@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from common import cli, figures
 from common.options import DrawOptions, ModelOptions, SpacingOptions
+from common.progress import Progress
 from common.results import write_results
 from jaxtyping import Float, UInt8
 
@@ -85,13 +86,20 @@ def _draw_images(
         samplers["DDPM"] = (functools.partial(ddpm, "fixed_large"), ())
     grids = [run.spec.timesteps(s, config.spacing) for s in steps]
     images: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
-    for timesteps in grids:
-        made = {make for make, _ in samplers.values()}
-        programs = {make: image_program(run.spec, timesteps, make) for make in made}
-        for method, (make, values) in samplers.items():
-            inputs = DrawInputs(run.params, seed_key(config.seed), values)
-            drawn = draw_images(programs[make], inputs, config.num_images, config.batch_size)
-            images[method].append(drawn)
+    calls = len(samplers) * config.num_images * sum(map(len, grids))
+    with Progress("same_latent.py", calls, "network calls") as progress:
+        for timesteps in grids:
+            made = {make for make, _ in samplers.values()}
+            programs = {make: image_program(run.spec, timesteps, make) for make in made}
+            for method, (make, values) in samplers.items():
+                drawn = draw_images(
+                    programs[make],
+                    DrawInputs(run.params, seed_key(config.seed), values),
+                    config.num_images,
+                    config.batch_size,
+                    on_rows=lambda rows: progress.add(rows * timesteps.size),  # noqa: B023
+                )
+                images[method].append(drawn)
     return {method: np.stack(drawn) for method, drawn in images.items()}
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from common import cli, pictures
 from common.exact import exact
 from common.options import DrawOptions, ModelOptions, SamplerOptions, StepsOptions
+from common.progress import Progress
 from common.sample_set import RECORD, SampleSet, open_to_draw
 
 from ddim_jax.files import only_one_process
@@ -120,10 +121,13 @@ def _draw(
     batches = [np.arange(start, start + size) for start in starts]
     absent = np.zeros(samples.num_images, bool)
     absent[missing] = True
-    for indices, pixels in zip(batches, map_batches(program, inputs, batches), strict=True):
-        wanted = indices[indices < samples.num_images]
-        images = checked_images(jax.tree.map(lambda array: array[: len(wanted)], pixels))  # noqa: B023
-        samples.save(wanted[absent[wanted]], images[absent[wanted]])
+    with Progress("sample.py", len(missing), "images") as progress:
+        for indices, pixels in zip(batches, map_batches(program, inputs, batches), strict=True):
+            wanted = indices[indices < samples.num_images]
+            images = checked_images(jax.tree.map(lambda array: array[: len(wanted)], pixels))  # noqa: B023
+            new = absent[wanted]
+            samples.save(wanted[new], images[new])
+            progress.add(int(new.sum()))
 
 
 def _finish(config: SampleConfig, samples: SampleSet, out: pathlib.Path) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 import tensorboardX
-import tqdm
 from common import cli, pictures
+from common.progress import Progress
 from presets import PRESETS, TrainOptions
 
 from ddim_jax.paths import local_path
@@ -30,26 +30,25 @@ def main(config: TrainConfig) -> None:
 
 class _Bar(Watcher):
     def start(self, step: int, max_steps: int) -> None:
-        self._bar = tqdm.tqdm(
-            total=max_steps, initial=step, unit="step", disable=None, smoothing=0.1
-        )
+        self._progress = Progress("train.py", max_steps, "steps", step)
+        self._progress.start()
 
     def update(self, step: int) -> None:
-        self._bar.update(1)
+        self._progress.add(1)
 
     def line(self, line: dict[str, int | float]) -> None:
         loss, rate = line["loss"], line["images_per_second"]
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+        self._progress.note(f"loss {loss:.4f}, {rate:.0f} images/s")
 
     def measured(self, step: int, numbers: Mapping[str, int | float | None]) -> None:
         if jax.process_index() == 0:
             said = (
                 f"{name} {number:.5g}" for name, number in numbers.items() if number is not None
             )
-            tqdm.tqdm.write(f"step {step}: {', '.join(said)}")
+            self._progress.say(f"step {step}: {', '.join(said)}")
 
     def close(self) -> None:
-        self._bar.close()
+        self._progress.close()
 
 
 class _Board(Watcher):

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import tyro
 from common import cli
+from common.progress import Progress
 
 from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.data.load import CropName, load_images
@@ -116,14 +117,15 @@ def _train(config: ClassifierConfig, model: Classifier, train_set: ImageSource) 
     update = jax.jit(functools.partial(_update, model, tx, config.flip), donate_argnums=(0, 1))
     opt_state = tx.init(params)
     stream = batches(train_set, config.batch_size, seed=config.seed)
-    for step in range(config.num_steps):
-        batch = next(stream)
-        key = jax.random.fold_in(seed_key(config.seed), step)
-        params, opt_state, loss = update(params, opt_state, key, batch["image"], batch["label"])
-        if (step + 1) % max(1, config.num_steps // 10) == 0:
-            if not np.isfinite(loss):
-                raise FloatingPointError(f"the loss of step {step + 1} is {loss}.")
-            print(f"step {step + 1} of {config.num_steps}: loss {float(loss):.4f}", flush=True)
+    with Progress("train_classifier.py", config.num_steps, "steps") as progress:
+        for step in progress.each(range(config.num_steps)):
+            batch = next(stream)
+            key = jax.random.fold_in(seed_key(config.seed), step)
+            params, opt_state, loss = update(params, opt_state, key, batch["image"], batch["label"])
+            if (step + 1) % max(1, config.num_steps // 10) == 0:
+                if not np.isfinite(loss):
+                    raise FloatingPointError(f"the loss of step {step + 1} is {loss}.")
+                progress.say(f"step {step + 1} of {config.num_steps}: loss {float(loss):.4f}")
     return params
 
 

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from common import cli, figures, pictures
 from common.options import DrawOptions, ModelOptions, SamplerOptions, StepsOptions
+from common.progress import Progress
 from jaxtyping import UInt8
 
 from ddim_jax.keys import initial_noise, seed_key
@@ -75,7 +76,10 @@ def _trajectories(
         return tuple(to_pixels(x.swapaxes(0, 1)) for x in images)
 
     indices = np.arange(config.num_images)
-    states, x0s = map_rows(over_devices(program), run.params, config.batch_size, indices)
+    with Progress("trajectory.py", len(indices), "images") as progress:
+        states, x0s = map_rows(
+            over_devices(program), run.params, config.batch_size, indices, on_rows=progress.add
+        )
     return checked_images(states), checked_images(x0s)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from ddim_jax.data.pixels import nearest_levels
 from ddim_jax.keys import initial_noise
-from ddim_jax.parallel import index_batches, map_batches, over_devices
+from ddim_jax.parallel import index_batches, joined, map_batches, over_devices
 from ddim_jax.runs.spec import RunParams, RunSpec
 from ddim_jax.samplers import Sampler, ddim, sample
 from ddim_jax.types import PRNGKey, Timesteps
@@ -125,18 +125,27 @@ def image_batches(
 
 
 def draw_images(
-    program: ImageProgram, inputs: DrawInputs, num_images: int, batch_size: int
+    program: ImageProgram,
+    inputs: DrawInputs,
+    num_images: int,
+    batch_size: int,
+    on_rows: Callable[[int], object] | None = None,
 ) -> UInt8[np.ndarray, "B H W C"]:
     """Images 0 .. num_images - 1 of a program; with several processes, all of them in each.
 
+    on_rows: called with the number of images of each batch that is drawn, to show progress.
     Raises ValueError for less than one image, or less than one at a time, FloatingPointError where
     one is not finite.
     """
-    return checked_images(draw_pixels(program, inputs, num_images, batch_size))
+    return checked_images(draw_pixels(program, inputs, num_images, batch_size, on_rows))
 
 
 def draw_pixels(
-    program: ImageProgram, inputs: DrawInputs, num_images: int, batch_size: int
+    program: ImageProgram,
+    inputs: DrawInputs,
+    num_images: int,
+    batch_size: int,
+    on_rows: Callable[[int], object] | None = None,
 ) -> Pixels:
     """What `draw_images` draws, on the host, those that are not finite too."""
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
@@ -144,5 +153,4 @@ def draw_pixels(
             raise ValueError(f"{name} must be at least 1; got {value}.")
     starts = range(0, num_images, batch_size)
     indices = (np.arange(start, min(start + batch_size, num_images)) for start in starts)
-    batches = map_batches(program, inputs, indices)
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+    return joined(map_batches(program, inputs, indices), on_rows)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
+from common.progress import Progress
 from ddim_jax.data.source import ImageSource
 from ddim_jax.data.stream import sequential_batches
 from ddim_jax.metrics.features import FeatureName, FeatureNetwork, network_of
@@ -255,8 +256,10 @@ def gather(
     states, start = init_states(metrics, network.dims(source.image_shape)), 0
     indices = fair_indices(len(source), num_kept)
     images = (batch["image"] for batch in sequential_batches(source, batch_size))
-    for features in map_batches(feature_program(network, metrics), network.params, images):
-        stop = start + len(next(iter(features.values())))
-        states = update_states(states, metrics, features, indices[start:stop])
-        start = stop
+    with Progress("features", len(source), "images") as progress:
+        for features in map_batches(feature_program(network, metrics), network.params, images):
+            stop = start + len(next(iter(features.values())))
+            states = update_states(states, metrics, features, indices[start:stop])
+            progress.add(stop - start)
+            start = stop
     return states
