@@ -219,11 +219,14 @@ def _draw(path: pathlib.Path, config: CompareConfig, convergence, calls, few, en
     )
     right.fill_between(x, density, color="lightgrey", label="the data")
     for name in list(ends)[:2]:
-        inside = np.clip(ends[name], bins[0], bins[-1])
-        right.hist(inside, bins, density=True, histtype="step", linewidth=1.5, label=name)
-    right.set_title(f"samples of S = {FEW_STEPS} (those beyond ±2 are at ±2)", fontsize=10)
-    right.set(xlabel="x_0", ylabel="density")
-    right.legend(fontsize=8)
+        x_0 = np.asarray(ends[name])
+        outside = (np.abs(x_0) > bins[-1]).mean()
+        label = f"{name}, {outside:.0%} of it outside" if outside else name
+        share = np.full(len(x_0), 1 / (len(x_0) * (bins[1] - bins[0])))  # of all, outside too
+        right.hist(x_0, bins, weights=share, histtype="step", linewidth=1.5, label=label)
+    right.set_title(f"density of the samples of S = {FEW_STEPS}", fontsize=10)
+    right.set(xlabel="x_0", ylabel="density", ylim=(0, 1.35 * density.max()))
+    right.legend(fontsize=8, loc="upper right")
     figures.save(figure, path)
 
 

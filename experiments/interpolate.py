@@ -150,9 +150,13 @@ def _draw(path: pathlib.Path, lines, originals, norms, grid) -> None:
     figures.show_images(axes["line"], lines, rows=names, title=title)
     for name, norm in norms.items():
         axes["norm"].plot(np.linspace(0, 1, len(norm)), norm, marker="o", label=name)
-    axes["norm"].axhline(1, color="grey", linestyle=":", label="noise")
-    axes["norm"].set(xlabel="fraction", ylabel="norm of the latent / sqrt(d)", ylim=(0, 1.2))
+    axes["norm"].axhline(1, color="grey", linestyle=":", label="x_T of noise")
+    axes["norm"].set(xlabel="fraction of the way", ylabel="norm / sqrt(d)", ylim=(0, 1.2))
     axes["norm"].legend(loc="lower right")
+    title = "norm of the latent: lerp loses it"
+    if originals is not None and min(norms["slerp"][[0, -1]]) < 0.9:
+        title += "\n(real images have less than noise: no latent where images never vary)"
+    axes["norm"].set_title(title, fontsize=10)
     figures.show_images(axes["grid"], grid, title="slerp between four latents, at the corners")
     figures.save(figure, path)
 

@@ -96,7 +96,7 @@ def main(config: LikelihoodConfig) -> None:
     write_results(
         out, config, {"split": data.split, "timesteps": timesteps.tolist(), "rows": rows}, run
     )
-    _draw(out / "likelihood.png", rows, timesteps)
+    _draw(out / "likelihood.png", rows, timesteps, len(indices))
     print(f"see {out / 'likelihood.png'}")
 
 
@@ -144,6 +144,7 @@ def _row(name: str, terms: BoundTerms) -> dict:
         "total": float(total.mean()),
         "standard_error": float(total.std() / np.sqrt(len(total))),
         "each_step": terms.steps.mean(axis=0).tolist(),
+        "each_step_error": (terms.steps.std(axis=0) / np.sqrt(len(total))).tolist(),
     }
 
 
@@ -157,7 +158,7 @@ def _table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _draw(path: pathlib.Path, rows: list[dict], timesteps: np.ndarray) -> None:
+def _draw(path: pathlib.Path, rows: list[dict], timesteps: np.ndarray, num_images: int) -> None:
     """Left the sums of the terms, right each step's KL."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 3.6), width_ratios=(1, 1.3), layout="constrained"
@@ -166,17 +167,23 @@ def _draw(path: pathlib.Path, rows: list[dict], timesteps: np.ndarray) -> None:
     bottom = np.zeros(len(rows))
     for term in ("decoder", "steps", "prior"):
         values = np.array([row[term] for row in rows])
-        left.barh(names, values, left=bottom, label=term)
+        label = f"prior ({values.max():.1e})" if term == "prior" else term
+        left.barh(names, values, left=bottom, label=label)
         bottom += values
     for i, total in enumerate(bottom):
         left.text(total, i, f" {total:.2f}", va="center", fontsize=9)
     left.invert_yaxis()
     left.set(xlabel="bits per dimension", xlim=(0, 1.25 * bottom.max()))
     left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    for row in rows:
-        right.plot(timesteps[:-1], row["each_step"], label=row["process"])
+    for i, row in enumerate(rows):
+        mean, error = np.array(row["each_step"]), np.array(row["each_step_error"])
+        # One may lie below another: the later ones are dashed, and let it through.
+        right.plot(timesteps[:-1], mean, label=row["process"], dashes=(6, 2 * i) if i else ())
+        right.fill_between(timesteps[:-1], np.maximum(mean - error, mean / 10), mean + error,
+                           alpha=0.25, linewidth=0)  # fmt: skip
     right.set(xscale="log", yscale="log", xlabel="index t the step starts from")
     right.set_ylabel("KL of one step, bits per dimension")
+    right.set_title(f"mean over {num_images} images; shaded: ± its standard error", fontsize=10)
     right.legend(fontsize=8)
     figures.save(figure, path)
 

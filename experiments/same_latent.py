@@ -72,7 +72,9 @@ def main(config: SameLatentConfig) -> None:
     )
     out = pathlib.Path(config.out)
     write_results(out, config, {"S": steps, "distances": distances}, run)
-    _draw(out / "same_latent.png", steps, images, distances)
+    ddpm_row = ", eta = 1" if config.variance == "fixed_small" else ", fixed_large"
+    rows = {"DDIM": ", eta = 0", "DDPM": ddpm_row}
+    _draw(out / "same_latent.png", steps, images, distances, rows)
     print(f"see {out / 'same_latent.png'}")
 
 
@@ -139,18 +141,21 @@ def _table(steps: list[int], distances) -> str:
     return "\n".join(lines)
 
 
-def _draw(path: pathlib.Path, steps: list[int], images, distances) -> None:
+def _draw(path: pathlib.Path, steps: list[int], images, distances, of_method) -> None:
     """One row is one x_T, one column one S; right the distances."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.5), layout="constrained")
+    figure, axes = plt.subplots(
+        1, 3, figsize=(13, 3.5), width_ratios=(1.15, 1.15, 1), layout="constrained"
+    )
     for method, grid_axes in zip(METHODS, axes, strict=False):
         figures.show_images(
             grid_axes,
             images[method][:, :NUM_SHOWN].swapaxes(0, 1),
-            columns=[str(s) for s in steps],
-            title=f"{method}: a row is one x_T, a column one S",
+            columns=[f"S={s}" for s in steps],
+            title=f"{method}{of_method[method]}: each row from one x_T",
         )
         axes[2].plot(steps[:-1], distances[method]["pixels"][:-1], marker="o", label=method)
-    axes[2].set(yscale="log", ylabel=f"distance to the image of S = {steps[-1]}")
+    axes[2].set(yscale="log", ylabel="root mean squared difference on [0, 1]")
+    axes[2].set_title(f"distance to the image of S = {steps[-1]}", fontsize=10)
     figures.count_axis(axes[2], steps[:-1], "sampling steps S")
     axes[2].legend()
     figures.save(figure, path)

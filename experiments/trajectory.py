@@ -51,7 +51,9 @@ def main(config: TrajectoryConfig) -> None:
     timesteps = run.spec.timesteps(config.num_sample_steps, config.spacing)
     states, x0s = _trajectories(run, timesteps, sampler, config)
     out = pathlib.Path(config.out)
-    _draw(out / "trajectory.png", states, x0s, timesteps, config.num_columns)
+    alpha_bar = float(run.spec.schedule.alpha_bar(timesteps[0]))
+    amplified = ((1 - alpha_bar) / alpha_bar) ** 0.5
+    _draw(out / "trajectory.png", states, x0s, timesteps, config.num_columns, amplified)
     pictures.save_gif(out / "trajectory.gif", _frames(states, x0s), config.frame_ms)
     half_way = _distance_to_end(x0s)[len(timesteps) // 2]
     print(
@@ -103,7 +105,7 @@ def _frames(states, x0s) -> list[np.ndarray]:
     return [frame(i) for i in shown] + [frame(num_steps)] * 15
 
 
-def _draw(path: pathlib.Path, states, x0s, timesteps, num_columns: int) -> None:
+def _draw(path: pathlib.Path, states, x0s, timesteps, num_columns: int, amplified: float) -> None:
     """Left strips in pairs, x_t above x0_hat; right how soon x0_hat is the image."""
     num_steps = len(timesteps)
     shown = np.linspace(0, num_steps - 1, min(num_columns, num_steps)).round().astype(int)
@@ -119,8 +121,12 @@ def _draw(path: pathlib.Path, states, x0s, timesteps, num_columns: int) -> None:
         title="states, and the image predicted from each",
     )
     right.plot(np.arange(1, num_steps + 1), _distance_to_end(x0s))
-    right.set(xlabel="steps done", ylabel="distance of x0_hat to the image", ylim=(0, None))
-    right.set_title("preview: how soon the image is decided", fontsize=10)
+    right.set(xlabel="steps done", ylabel="RMS of x0_hat - image, on [0, 1]", ylim=(0, None))
+    right.set_title(
+        "how soon the image is decided\n(x0_hat is the network's error / sqrt(alpha_bar) off: "
+        f"{amplified:.0f} times it at first)",
+        fontsize=10,
+    )
     figures.save(figure, path)
 
 
