@@ -139,7 +139,7 @@ def _map(program: Callable[..., Any], run: Run, rows: np.ndarray, config: Interp
 
 def _draw(path: pathlib.Path, lines, originals, norms, grid) -> None:
     """Top the two lines, below them the norms of their latents; right the grid."""
-    figure = plt.figure(figsize=(11, 4.4), layout="constrained")
+    figure = plt.figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplot_mosaic([["line", "grid"], ["norm", "grid"]], width_ratios=(1.5, 1))
     names, title = list(norms), "a line between two latents"
     if originals is not None:  # the real images above the ends of the line
@@ -151,11 +151,11 @@ def _draw(path: pathlib.Path, lines, originals, norms, grid) -> None:
     for name, norm in norms.items():
         axes["norm"].plot(np.linspace(0, 1, len(norm)), norm, marker="o", label=name)
     axes["norm"].axhline(1, color="grey", linestyle=":", label="x_T of noise")
-    axes["norm"].set(xlabel="fraction of the way", ylabel="norm / sqrt(d)", ylim=(0, 1.2))
-    axes["norm"].legend(loc="lower right")
+    axes["norm"].set(xlabel="fraction of the way", ylabel="norm / √d", ylim=(0, 1.2))
+    axes["norm"].legend(loc="lower center", ncols=3)
     title = "norm of the latent: lerp loses it"
     if originals is not None and min(norms["slerp"][[0, -1]]) < 0.9:
-        title += "\n(real images have less than noise: no latent where images never vary)"
+        title += "\n(real images begin with less: none where images never vary)"
     axes["norm"].set_title(title, fontsize=10)
     figures.show_images(axes["grid"], grid, title="slerp between four latents, at the corners")
     figures.save(figure, path)

@@ -192,7 +192,7 @@ def _conditions(config: ReconstructConfig, run: Run, data: real.Opened) -> str:
 def _draw(path: pathlib.Path, rows, images, latent, decoded, max_steps: int) -> None:
     """Left the images, their latents at the most steps and reconstructions; right the errors."""
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 3.9), width_ratios=(1.6, 1), layout="constrained"
+        1, 2, figsize=(11, 4.4), width_ratios=(1.6, 1), layout="constrained"
     )
     steps = list(decoded)
     some = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
@@ -220,9 +220,9 @@ def _draw(path: pathlib.Path, rows, images, latent, decoded, max_steps: int) -> 
     if paper:
         look = {"marker": "s", "color": "grey", "linestyle": ":"}
         right.plot(paper.keys(), paper.values(), label="paper, CIFAR-10", **look)
-    right.set(yscale="log", ylabel="mean squared error on [0, 1]", title="error")
+    right.set(yscale="log", ylabel="mean squared error on [0, 1]")
     figures.count_axis(right, steps, "steps S to encode, and to decode")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.17))
     figures.save(figure, path)
 
 

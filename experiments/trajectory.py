@@ -123,8 +123,8 @@ def _draw(path: pathlib.Path, states, x0s, timesteps, num_columns: int, amplifie
     right.plot(np.arange(1, num_steps + 1), _distance_to_end(x0s))
     right.set(xlabel="steps done", ylabel="RMS of x0_hat - image, on [0, 1]", ylim=(0, None))
     right.set_title(
-        "how soon the image is decided\n(x0_hat is the network's error / sqrt(alpha_bar) off: "
-        f"{amplified:.0f} times it at first)",
+        "how soon the image is decided\n"
+        f"(x0_hat has {amplified:.0f} times the network's error at first)",
         fontsize=10,
     )
     figures.save(figure, path)
