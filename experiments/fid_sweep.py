@@ -3,14 +3,16 @@
 python experiments/fid_sweep.py --workdir W --stats stats.npz --out DIR --num-samples 50000 \
     --steps 10 20 50 100 1000 --etas 0 0.2 0.5 1 sigma_hat --spacing quadratic
 python experiments/fid_sweep.py table1-cifar10 --workdir W --stats stats.npz --out DIR
+python experiments/fid_sweep.py --workdir W --stats stats.npz --out DIR --seeds 0 1 2
 python experiments/fid_sweep.py --workdir W --stats stats.npz --out DIR --samplers heun \
     --guidance-scales 1 3 --spacings uniform quadratic --metrics frechet kid precision_recall
 
 The rows are the product of samplers (and etas), guidance scales and spacings. One network
-compilation for each S, spacing and guidance scale serves all etas. Image i depends on (seed, i)
-alone. Every finished cell is a line in DIR/results.jsonl; the cell under way is in DIR/partial.npz
-every few batches, so that a killed sweep, called again, goes on from there to the same numbers.
-DIR/report.md and DIR/report.html show them, beside the paper's for its own tables.
+compilation for each S, spacing and guidance scale serves all etas and seeds. Image i depends on
+(seed, i) alone; of several seeds the table has mean and spread. Every finished cell is a line in
+DIR/results.jsonl; the cell under way is in DIR/partial.npz every few batches, so that a killed
+sweep, called again, goes on from there to the same numbers. DIR/report.md and DIR/report.html show
+them, beside the paper's for its own tables.
 """
 
 from __future__ import annotations
@@ -83,6 +85,8 @@ class SweepConfig(MetricOptions, SpacingOptions, ModelOptions):
     """N, images behind each number: exactly as many."""
     seed: int = option(0, at_least=0, below=NUM_SEEDS)
     """Image i depends on (seed, i) alone."""
+    seeds: tuple[int, ...] = ()
+    """Each cell once for each of these, in place of --seed: the table has their mean and spread."""
     batch_size: int | None = option(None, at_least=1)
     """Images drawn at once; if not given, what fits into the devices' memory."""
     save_every: int = option(10, at_least=1)
@@ -143,7 +147,8 @@ def main(config: SweepConfig) -> None:
     config.named_metrics()
     run = config.load()
     cells = [
-        Cell(num_steps, sampler, eta, scale, spacing)
+        Cell(num_steps, sampler, eta, scale, spacing, seed)
+        for seed in _seeds(config)  # outermost: a whole table of one seed comes first
         for num_steps in config.steps
         for spacing in config.spacings or (config.spacing or run.spec.spacing,)
         for scale in config.guidance_scales
@@ -153,7 +158,7 @@ def main(config: SweepConfig) -> None:
     sweep = Sweep(
         config=config,
         out=pathlib.Path(config.out),
-        drawer=Drawer(run, measures, config.seed, image_programs(run.spec, cells)),
+        drawer=Drawer(run, measures, image_programs(run.spec, cells)),
         cells=cells,
         deadline=started + (float("inf") if config.max_seconds is None else config.max_seconds),
     )
@@ -188,12 +193,25 @@ def _rows(config: SweepConfig) -> list[tuple[str, float | None]]:
     return rows
 
 
+def _seeds(config: SweepConfig) -> tuple[int, ...]:
+    """The seeds. Raises ValueError for --seeds that are none."""
+    if not config.seeds:
+        return (config.seed,)
+    check_different("seeds", config.seeds)
+    if config.seed != 0:
+        raise ValueError(
+            f"seed and seeds must not both be given; got {config.seed} and {config.seeds}. Name "
+            "them all in seeds."
+        )
+    if wrong := [seed for seed in config.seeds if not 0 <= seed < NUM_SEEDS]:
+        raise ValueError(f"seeds must be in [0, {NUM_SEEDS - 1}]; got {wrong[0]}.")
+    return config.seeds
+
+
 def _measure_missing(sweep: Sweep) -> None:
     """Measure the cells of which there are no results, until time is up."""
     config, out, drawer = sweep.config, sweep.out, sweep.drawer
-    wanted = sweep_settings(
-        drawer.run, drawer.measures, config.num_samples, config.seed, config.kept_features
-    )
+    wanted = sweep_settings(drawer.run, drawer.measures, config.num_samples, config.kept_features)
     there = find_settings(out, wanted, config.batch_size, drawer.run, config.dtype) or {}
     drop_other_times(out, sweep.cells, drawer.run.spec.schedule.num_steps)
     done = {cell_of(line) for line in read_results(out)}
@@ -204,15 +222,18 @@ def _measure_missing(sweep: Sweep) -> None:
     settings = wanted | {
         "batch_size": batch_size,
         "spacing": there.get("spacing", sweep.cells[0].spacing),
+        "seed": there.get("seed", sweep.cells[0].seed),
     }
     write_settings(out, settings)
     _print_estimate(sweep, missing, batch_size)
-    compiled = None
+    compiled = set()
     for cell in missing:
-        if program_key(cell) != compiled:  # so that its seconds are sampling alone
+        if program_key(cell) not in compiled:  # so that its seconds are sampling alone
             drawer.seconds_of_one(cell, batch_size)
-            compiled = program_key(cell)
-        progress = _measure(sweep, cell, cell.name(settings["spacing"]), batch_size)
+            compiled.add(program_key(cell))
+        progress = _measure(
+            sweep, cell, cell.name(settings["spacing"], settings["seed"]), batch_size
+        )
         if progress.count == config.num_samples:
             line = append_result(out, cell, progress, drawer.measures, settings)
             print(describe(line), flush=True)

@@ -191,9 +191,9 @@ def test_a_line_carries_its_protocol(finished, stats):
     assert (line["S"], line["num_samples"], line["spacing"]) == (3, 21, "uniform")
     assert line["rounding"] == "nearest" and line["device"] and line["versions"]["jax"]
     run = load_trained(finished.workdir)
-    assert line["format"] == 2 and line["fingerprint_id"] == run.fingerprint_id
+    assert line["format"] == 3 and line["fingerprint_id"] == run.fingerprint_id
     settings = json.loads((pathlib.Path(finished.out) / "sweep.json").read_text())
-    assert settings["format"] == 2 and settings["fingerprint"] == run.fingerprint
+    assert settings["format"] == 3 and settings["fingerprint"] == run.fingerprint
 
 
 def test_the_batch_size_does_not_matter(finished, tmp_path):
@@ -314,7 +314,6 @@ def test_a_sweep_of_other_settings_is_refused_and_left_alone(finished):
     before = (pathlib.Path(finished.out) / "sweep.json").read_text()
     for change, message in (
         ({"num_samples": 22}, "num_samples is 21 there and 22 now"),
-        ({"seed": 1}, "seed is 0 there and 1 now"),
         ({"batch_size": 4}, "batch_size is 12 there and 4 now"),
         ({"weights": "raw"}, "weights.kind is .*ema.* there and .*raw.* now"),
     ):
@@ -342,6 +341,9 @@ def test_a_sweep_of_other_settings_is_refused_and_left_alone(finished):
         ({"samplers": ("sigma_hat",)}, "etas and samplers must be one or more different values"),
         ({"spacing": "uniform", "spacings": ("uniform",)}, "must not both be given"),
         ({"guidance_scales": (1.0, 3.0)}, "guidance_scale must be left out"),
+        ({"seed": 1, "seeds": (0, 1)}, "seed and seeds must not both be given"),
+        ({"seeds": (1, 1)}, "seeds must be one or more different values"),
+        ({"seeds": (-1,)}, r"seeds must be in \[0, 4294967295\]; got -1"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(config, change, message, tmp_path):
@@ -462,6 +464,26 @@ def test_spacings_are_rows_that_a_later_call_may_add(finished, tmp_path):
     assert (new["spacing"], new["name"]) == ("trailing", "S0003_eta_0_trailing")
     assert new["values"] != before[0]["values"]
     assert "| DDIM, eta = 0, trailing |" in (out / "report.md").read_text()
+
+
+def test_seeds_are_cells_that_a_later_call_may_add_to_a_sweep_of_format_2(finished, tmp_path):
+    """Each with the number of the sweep of that seed alone; the table has their mean and spread."""
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    for name in ("sweep.json", "results.jsonl"):
+        path = out / name
+        path.write_text(path.read_text().replace('"format": 3', '"format": 2'))
+    fid_sweep.main(dataclasses.replace(finished, out=str(out), etas=(0.0,), seeds=(0, 7)))
+    alone = dataclasses.replace(finished, out=str(tmp_path / "alone"), etas=(0.0,), seed=7)
+    fid_sweep.main(alone)
+    (want,), (new,) = lines(alone.out), lines(out)[2:]
+    assert (want["seed"], want["name"]) == (7, "S0003_eta_0")
+    assert new == want | {"name": "S0003_eta_0_seed_7"}
+    assert (out / "samples" / "S0003_eta_0_seed_7.png").exists()
+    values = [line["values"]["fd_pixels"] for line in (lines(out)[0], new)]
+    entry = f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}"
+    report = (out / "report.md").read_text()
+    assert f"| DDIM, eta = 0 | {entry} |" in report and "seed 0 alone |" in report
+    assert "Mean over the seeds 0, 7; after ±: their standard deviation" in report
 
 
 def draw(config, out, **options) -> None:
@@ -707,7 +729,7 @@ def test_an_old_sweep_of_other_settings_is_refused(old_sweep):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("sweep.json", '{"format": 3}', "must be of format 2 or of none.*got 3"),
+        ("sweep.json", '{"format": 4}', "must be of format 2 or 3, or of none.*got 4"),
         ("sweep.json", "{}", "does not describe a sweep"),
         ("results.jsonl", '{"S": 3', "delete the bad line"),
         ("results.jsonl", "{}", "delete the bad line"),

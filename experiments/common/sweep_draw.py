@@ -24,7 +24,7 @@ ProgramKey = tuple[Any, ...]
 
 
 def program_key(cell: Cell) -> ProgramKey:
-    """Cells of one key share a program: all etas and sigma-hat do."""
+    """Cells of one key share a program: all seeds, etas and sigma-hat do."""
     own = None if cell.sampler in ("ddim", "sigma_hat") else cell.sampler
     return cell.num_steps, cell.spacing, cell.guidance_scale, own
 
@@ -60,7 +60,6 @@ class Drawer:
 
     run: Run
     measures: Sequence[Measure]
-    seed: int
     programs: Mapping[ProgramKey, ImageProgram]
 
     def draw(
@@ -85,7 +84,7 @@ class Drawer:
             }
             return Batch(pixels.images if is_shown(indices) else None, pixels.finite, features)
 
-        inputs = DrawInputs(self.run.params, seed_key(self.seed), values)
+        inputs = DrawInputs(self.run.params, seed_key(cell.seed), values)
         return map_batches(program, inputs, batches)
 
     def seconds_of_one(self, cell: Cell, batch_size: int) -> float:

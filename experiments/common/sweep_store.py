@@ -1,8 +1,8 @@
 """A sweep's folder: sweep.json, results.jsonl, and partial.npz with the cell under way.
 
 sweep.json has what all cells share and what decides their numbers, the run's fingerprint among it.
-Every line of results.jsonl is a finished cell with its whole protocol. Both say "format": 2; files
-without a format are read by sweep_format_1.
+Every line of results.jsonl is a finished cell with its whole protocol. Both say "format": 3. Files
+of format 2 are those of one seed, and files without a format are read by sweep_format_1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from ddim_jax.metrics.metric import State, state_from_arrays, state_to_arrays
 from ddim_jax.runs import Run
 from ddim_jax.solvers import SAMPLERS
 
-FORMAT = 2
+FORMAT = 3
+_READ = (2, FORMAT)
 _TIMES = 2  # since when one step starts at noise, and T steps are all
 
 States = dict[str, dict[str, State]]
@@ -45,15 +46,18 @@ class Cell(NamedTuple):
     """None for all samplers but ddim."""
     guidance_scale: float
     spacing: str
+    seed: int = 0
 
-    def name(self, plain_spacing: str) -> str:
-        """What the cell's files are called; a spacing is named unless it is the plain one."""
+    def name(self, plain_spacing: str, plain_seed: int = 0) -> str:
+        """What the cell's files are called; spacing and seed are named unless they are plain."""
         parts = [f"S{self.num_steps:04d}"]
         parts.append(self.sampler if self.eta is None else f"eta_{exact(self.eta)}")
         if self.guidance_scale != 1:
             parts.append(f"guidance_{exact(self.guidance_scale)}")
         if self.spacing != plain_spacing:
             parts.append(self.spacing)
+        if self.seed != plain_seed:
+            parts.append(f"seed_{self.seed}")
         return "_".join(parts)
 
     def network_calls(self) -> int:
@@ -85,13 +89,12 @@ class Progress(NamedTuple):
 
 
 def sweep_settings(
-    run: Run, measures: Sequence[Measure], num_samples: int, seed: int, kept_features: int
+    run: Run, measures: Sequence[Measure], num_samples: int, kept_features: int
 ) -> dict[str, Any]:
     """What every cell of a sweep has in common, and decides its numbers."""
     return {
         "format": FORMAT,
         "num_samples": num_samples,
-        "seed": seed,
         "kept_features": kept_features,
         "measures": {column: f for measure in measures for column, f in measure.facts().items()},
         "fingerprint": run.fingerprint,
@@ -140,7 +143,7 @@ def find_settings(
             raise ValueError(f"{path} does not describe a sweep: {error!r}. {way_out}") from error
         wanted = sweep_format_1.comparable(wanted, run)
     wanted = {**wanted, "batch_size": batch_size or there.get("batch_size")}
-    ignored = {"format", "fingerprint_id", "spacing"}
+    ignored = {"format", "fingerprint_id", "spacing", "seed"}  # the latter two are the cells'
     # Where those images stood is not what decides: their statistics' hash is compared.
     ignored |= {f"measures.{column}.statistics_of" for column in wanted["measures"]}
     if differ := differences(there, json.loads(json.dumps(wanted)), ignored):
@@ -164,10 +167,10 @@ def write_settings(out: pathlib.Path, settings: Mapping[str, Any]) -> None:
 
 
 def _check_format(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    if (found := content.get("format", FORMAT)) != FORMAT:
+    if (found := content.get("format", FORMAT)) not in _READ:
         raise ValueError(
-            f"{path} must be of format {FORMAT} or of none, which this version reads; got "
-            f"{found!r}. Use the version that wrote it, or a newer one."
+            f"{path} must be of format {' or '.join(map(str, _READ))}, or of none, which this "
+            f"version reads; got {found!r}. Use the version that wrote it, or a newer one."
         )
 
 
@@ -210,7 +213,12 @@ def drop_other_times(out: pathlib.Path, cells: Sequence[Cell], num_steps: int) -
     if len(kept) < len(lines):
         write_whole(path, "".join(text + "\n" for text in kept).encode())
     others = [cell for cell in cells if cell.was_otherwise(num_steps)]
-    names = {cell.name(plain) for cell in others for plain in (cell.spacing, "")}
+    names = {
+        cell.name(spacing, seed)
+        for cell in others
+        for spacing in (cell.spacing, "")
+        for seed in (cell.seed, -1)
+    }
     if names and (partial := out / "partial.npz").exists():
         arrays = read_npz(partial, "a cell under way", way_out="Delete it to draw this cell again.")
         if str(arrays.get("cell")) in names and int(arrays.get("times", 1)) < _TIMES:
@@ -241,7 +249,7 @@ def _check_line_format(path: pathlib.Path, text: str) -> None:
             _check_format(path, line)
 
 
-_CELL_KEYS = ("S", "sampler", "eta", "guidance_scale", "spacing")
+_CELL_KEYS = ("S", "sampler", "eta", "guidance_scale", "spacing", "seed")
 
 
 def cell_of(line: Mapping[str, Any]) -> Cell:
@@ -280,10 +288,10 @@ def _line(cell, progress, measures, settings) -> dict[str, Any]:
         "times": _TIMES,
         **dict(zip(_CELL_KEYS, cell, strict=True)),
         "network_calls": cell.network_calls(),
-        "name": cell.name(settings["spacing"]),
+        "name": cell.name(settings["spacing"], settings["seed"]),
         "values": values,
         "seconds": round(progress.seconds, 3),
-        **{key: settings[key] for key in ("num_samples", "seed", "batch_size", "kept_features")},
+        **{key: settings[key] for key in ("num_samples", "batch_size", "kept_features")},
         "rounding": fingerprint["rounding"],
         "weights": fingerprint["weights"],
         "fingerprint_id": settings["fingerprint_id"],
