@@ -7,11 +7,12 @@ that predicts something else than the noise is a wrapper here and an entry of `P
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ddim_jax.checks import check_bounds, check_schedule
 from ddim_jax.numerics import expand_level, safe_sqrt, widen
@@ -25,10 +26,13 @@ from ddim_jax.predict import (
     velocity,
     x0_to_epsilon,
 )
-from ddim_jax.types import Data, Denoiser, Level, NoiseSchedule, Prediction
+from ddim_jax.types import Data, Denoiser, Level, NoiseSchedule, Prediction, is_traced
 
 NetworkFn: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 """(x, t) -> eps, v, x0 or score, of x's shape."""
+
+CLIPPED = "ddim_jax.clip_x0"
+"""The name of a clipped x0_hat in what JAX traces: so that encoding finds it in any function."""
 
 
 def from_v(v_fn: NetworkFn, schedule: NoiseSchedule) -> Denoiser:
@@ -118,7 +122,7 @@ def clip_x0_keep_eps(
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashable, as a closure is
 class _Clipped:
-    """A closure with a name, so that encoding can tell it from a network it can invert."""
+    """What both clipping wrappers return."""
 
     eps_fn: Denoiser
     schedule: NoiseSchedule
@@ -131,21 +135,80 @@ class _Clipped:
         # In bfloat16 eps could not say where x0_hat ends: at low levels it counts many times over.
         pair = as_prediction(_widened(self.eps_fn(x, t)), widen(x), level)
         if self.keeps_eps:
-            return Prediction(jnp.clip(pair.x0, self.low, self.high), pair.eps)
-        return clip_prediction(pair, x, level, self.low, self.high)
+            clipped = Prediction(jnp.clip(pair.x0, self.low, self.high), pair.eps)
+        else:
+            clipped = clip_prediction(pair, x, level, self.low, self.high)
+        return clipped._replace(x0=checkpoint_name(clipped.x0, CLIPPED))
 
 
 def _widened(answer: jax.Array | Prediction) -> jax.Array | Prediction:
     return jax.tree.map(widen, answer)
 
 
-def check_not_clipped(eps_fn: Denoiser) -> None:
-    """Raise ValueError for what `clip_x0` returns: different x_t clip to the same x_prev."""
+def check_not_clipped(eps_fn: Denoiser, schedule: NoiseSchedule, x: Data, t: jax.Array) -> Data:
+    """x itself, which is about to be encoded; raises ValueError where eps_fn clips.
+
+    Different x_t clip to the same x_prev. What `clip_x0` returned is known wherever it is called
+    from, `guided` or a lambda. Another network whose program cuts anything of x's shape is tried
+    far outside the data at the time t: clipping gives one and the same x0_hat there, however far,
+    and another on the other side. Where that is only known inside jit, all of x is NaN. With jit
+    disabled, where a network need not be traceable, `clip_x0`'s own answer alone is refused.
+    """
     if isinstance(eps_fn, _Clipped):
-        raise ValueError(
-            "eps_fn must not clip its data prediction when encoding, since clipping cannot be "
-            "inverted; got what clip_x0 returned. Pass the network that was given to clip_x0."
-        )
+        raise ValueError(_MUST_NOT_CLIP.format("what clip_x0 returned"))
+    if jax.config.jax_disable_jit:  # pyright: ignore
+        return x
+    jaxpr = jax.make_jaxpr(lambda x, t: checked_answer(eps_fn, x, t))(x, t)
+    equations = [*_equations(jaxpr.jaxpr)]
+    if any(e.primitive.name == "name" and e.params["name"] == CLIPPED for e in equations):
+        raise ValueError(_MUST_NOT_CLIP.format("what clip_x0 returned"))
+    if not any(_may_cut(equation, jnp.shape(x)) for equation in equations):
+        return x
+    clips = _is_cut_far_outside(eps_fn, schedule, x, t)
+    if is_traced(clips):
+        return jnp.where(clips, jnp.nan, x)
+    if clips:
+        raise ValueError(_MUST_NOT_CLIP.format("a network that does"))
+    return x
+
+
+_MUST_NOT_CLIP = (
+    "eps_fn must not clip its data prediction when encoding, since clipping cannot be inverted; "
+    "got {}. Pass the network that was given to clip_x0."
+)
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a traced function, those of the functions that it calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)
+
+
+def _may_cut(equation: Any, shape: tuple[int, ...]) -> bool:
+    """Whether it is of a kind that clipping is made of, on floats of that shape."""
+    return equation.primitive.name in ("clamp", "min", "select_n") and any(
+        out.aval.shape == shape and jnp.issubdtype(out.aval.dtype, jnp.floating)
+        for out in equation.outvars
+    )
+
+
+def _is_cut_far_outside(
+    eps_fn: Denoiser, schedule: NoiseSchedule, x: Data, t: jax.Array
+) -> jax.Array:
+    """Whether x0_hat is one thing at a point, twice as far, and another opposite, everywhere."""
+    index = jnp.arange(jnp.size(x)).reshape(jnp.shape(x))
+    far = (30 * (1 + index / jnp.size(x)) * jnp.where(index % 2, -1, 1)).astype(x.dtype)
+
+    def x0(x: jax.Array) -> jax.Array:
+        return as_prediction(_widened(eps_fn(x, t)), widen(x), schedule.alpha_bar(t)).x0
+
+    here, farther, opposite = x0(far), x0(2 * far), x0(-far)
+    return jnp.all((abs(here - farther) < 1e-2) & (abs(here - opposite) > 2e-2))
 
 
 def guided(cond_fn: Denoiser, uncond_fn: Denoiser, scale: Level) -> Denoiser:

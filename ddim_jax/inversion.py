@@ -39,10 +39,10 @@ def encode_fixed_point(
     """
     if num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1; got {num_iterations}.")
-    check_not_clipped(eps_fn)
     check_schedule(schedule)
     check_floating("x_0", x_0)
     ascending = schedule.check_timesteps(timesteps)[::-1]
+    x_0 = check_not_clipped(eps_fn, schedule, x_0, ascending[0])
 
     def body(carry, inputs):
         x, eps = carry

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Literal, get_args
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ddim_jax.checks import check_one_of
 from ddim_jax.types import Level
+
+Precision = Literal["default", "high", "highest"]
+"""How products of float32 matrices and convolutions are computed: in the device's quickest way,
+bfloat16 on a TPU and TF32 on newer GPUs; in between; or in float32."""
+
+
+def check_precision(precision: str | None) -> None:
+    """Raise ValueError for what is no `Precision`; None is JAX's own setting."""
+    if precision is not None:
+        check_one_of("precision", precision, get_args(Precision))
+
+
+def matmul_precision(precision: Precision | None) -> contextlib.AbstractContextManager[object]:
+    """What is traced in this context has that precision; JAX's own setting if None."""
+    if precision is None:
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(precision)
 
 
 def as_level(alpha_bar: Level) -> Float[Array, "*level"]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import flax.jax_utils
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddim_jax.objectives import LossFn
 from ddim_jax.train import TrainState, train_step
 
+T = TypeVar("T")
 AXIS = "devices"
 
 replicate = flax.jax_utils.replicate
@@ -189,8 +192,10 @@ def initialize_distributed(
     """Join the other processes, one for each host (`jax.distributed`); before any computation.
 
     A cluster that JAX knows (Cloud TPU, SLURM, Open MPI, Kubernetes) needs no arguments. Elsewhere
-    all three: host:port of process 0, how many there are, and which this is.
-    Raises ValueError for some of the three, and for a coordinator of another form.
+    all three: host:port of process 0, how many there are, and which this is. A process that has
+    joined already stays as it is.
+    Raises ValueError for some of the three, a coordinator of another form, a process_id that is
+    none of theirs, and hosts with unequal numbers of devices.
     """
     given = [value is not None for value in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
@@ -200,4 +205,86 @@ def initialize_distributed(
         )
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
         raise ValueError(f"coordinator must be host:port; got {coordinator!r}.")
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    if process_id is not None and not 0 <= process_id < (num_processes or 0):
+        raise ValueError(
+            f"process_id must be in [0, num_processes), [0, {num_processes}); got {process_id}."
+        )
+    if not jax.distributed.is_initialized():
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    # Known everywhere without asking, and what every exchange between processes relies on.
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"hosts must have equally many devices; got {[counts[i] for i in sorted(counts)]}."
+        )
+
+
+def gather(text: str) -> list[str]:
+    """Each process's text, by its number, on every process; all must call it."""
+    if jax.process_count() == 1:
+        return [text]
+    content = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(content.size))
+    padded = np.pad(content, (0, int(sizes.max()) - content.size))
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def together(check: Callable[[], T]) -> T:
+    """What check() returns, once it has returned on every process; all must call it.
+
+    Where it raises on some, it is raised there, and ValueError with the same words on all others:
+    none is left waiting for one that has stopped. The exception has `on_all_hosts = True`.
+    """
+    if jax.process_count() == 1:
+        return check()
+    result, error = None, None
+    try:
+        result = check()
+    except Exception as raised:  # whatever it is, the others must hear of it
+        error = raised
+    refusals = {index: text for index, text in enumerate(gather(_in_words(error))) if text}
+    if refusals and error is None:
+        error = ValueError(
+            " ".join(f"process {index} refused: {text}" for index, text in refusals.items())
+        )
+    if error is not None:
+        error.on_all_hosts = True  # pyright: ignore[reportAttributeAccessIssue]
+        raise error
+    return result  # pyright: ignore[reportReturnType]
+
+
+def _in_words(error: Exception | None) -> str:
+    if error is None:
+        return ""
+    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+    return f"{kind}{error}" or type(error).__name__
+
+
+def agree(facts: Callable[[], Mapping[str, Any]], way_out: str) -> None:
+    """Raise ValueError on every process unless facts() is the same on all; all must call it.
+
+    The message names each fact that differs, its value and the processes that have it, and ends in
+    `way_out`. With one process nothing is done, facts() not even called.
+    """
+    if jax.process_count() == 1:
+        return
+    words = together(lambda: {name: repr(value) for name, value in facts().items()})
+    everyones = [json.loads(text) for text in gather(json.dumps(words))]
+    names = dict.fromkeys(name for words in everyones for name in words)
+    held = {name: [words.get(name, "absent") for words in everyones] for name in names}
+    if differ := [_who_has(name, values) for name, values in held.items() if len(set(values)) > 1]:
+        error = ValueError(f"hosts must agree, and do not: {'; '.join(differ)}. {way_out}")
+        error.on_all_hosts = True  # pyright: ignore[reportAttributeAccessIssue]
+        raise error
+
+
+def _who_has(name: str, values: list[str]) -> str:
+    """ "name is A on process 0, B on processes 1, 2"."""
+    who: dict[str, list[int]] = {}
+    for process, value in enumerate(values):
+        who.setdefault(value, []).append(process)
+    return f"{name} is " + ", ".join(
+        f"{value} on process{'es' if len(processes) > 1 else ''} {', '.join(map(str, processes))}"
+        for value, processes in who.items()
+    )

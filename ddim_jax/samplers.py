@@ -226,12 +226,13 @@ def encode(eps_fn: Denoiser, schedule: NoiseSchedule, x_0: Data, timesteps: Time
     data's index: the first step evaluates it at the lowest index of the list. The error of encoding
     then decoding falls as the list gets longer (section 5.4, Table 2). One step from clean data
     straight to alpha_bar = 0 forgets the image.
-    Raises ValueError for timesteps out of order or range, and for what `clip_x0` returned.
+    Raises ValueError for timesteps out of order or range, and for a network that clips; where that
+    is only known inside jit, x_T is NaN (`check_not_clipped`).
     """
-    check_not_clipped(eps_fn)
     check_schedule(schedule)
     check_floating("x_0", x_0)
     ascending = schedule.check_timesteps(timesteps)[::-1]
+    x_0 = check_not_clipped(eps_fn, schedule, x_0, ascending[0])
     t_from = jnp.append(schedule.clean, ascending[:-1])
 
     def body(x, inputs):

@@ -15,6 +15,7 @@ from common.measures import Measure, MetricOptions, gather, open_measures
 from common.options import DataOptions
 from common.sample_set import open_images
 
+from ddim_jax.data.source import facts_of
 from ddim_jax.metrics.metric import Metric, State, column_name
 from ddim_jax.paths import DataName, File
 from ddim_jax.runs.options import check_limits, option
@@ -41,9 +42,10 @@ def main(config: FidConfig) -> None:
     states = gather(
         measure.network, measure.metrics, source, config.batch_size, config.kept_features
     )
+    lossy = facts_of(source).get("lossy_files")
     for metric in measure.metrics:
         print(_line(measure, metric, states, f"N = {images}"))
-        if warning := measure.warning(metric, states):
+        if warning := measure.warning(metric, states, None if lossy is None else lossy > 0):
             print(f"warning: {warning}")
 
 

@@ -50,6 +50,8 @@ class InterpolateConfig(DrawOptions, StepsOptions, RealImageOptions, ModelOption
 def main(config: InterpolateConfig) -> None:
     """Interpolate, decode, draw."""
     check_limits(config)
+    if config.images is not None:
+        config.check_encodes()
     run = config.load()
     spec = run.spec
     timesteps = spec.timesteps(config.num_sample_steps, config.spacing)

@@ -19,6 +19,7 @@ from common.measures import MetricOptions, gather, open_network
 from common.options import DataOptions
 from common.sample_set import open_images
 
+from ddim_jax.data.source import facts_of
 from ddim_jax.metrics.features import FEATURE_NETWORKS
 from ddim_jax.metrics.frechet import MOMENTS, frechet_metric
 from ddim_jax.metrics.statistics import save_statistics, statistics_of
@@ -55,6 +56,7 @@ def main(config: StatisticsConfig) -> None:
         "split": config.split,
         "image_shape": list(source.image_shape),
         "resized_to": config.image_size,
+        **facts_of(source),
     }
     started = time.monotonic()
     metrics = [frechet_metric(), *metrics]

@@ -53,6 +53,7 @@ class ReconstructConfig(SpacingOptions, RealImageOptions, ModelOptions):
 def main(config: ReconstructConfig) -> None:
     """Encode, decode, measure, draw."""
     check_limits(config)
+    config.check_encodes()
     iterations = config.fixed_point_iterations
     run = config.load()
     grids = _grids(run.spec, config)

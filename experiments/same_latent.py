@@ -6,7 +6,9 @@ python experiments/same_latent.py --workdir runs/digits
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,10 +22,10 @@ from ddim_jax.metrics.classifier import TrainedClassifier, apply_classifier, loa
 from ddim_jax.paths import File, Folder
 from ddim_jax.runs import DrawInputs, Run, draw_images, image_program
 from ddim_jax.runs.options import check_limits, option
-from ddim_jax.samplers import ddim
+from ddim_jax.samplers import Sampler, ddim, ddpm
+from ddim_jax.steps import Variance
 
-METHODS = {"DDIM": 0.0, "DDPM": 1.0}
-"""Name -> eta."""
+METHODS = ("DDIM", "DDPM")
 
 NUM_SHOWN = 6
 
@@ -38,6 +40,8 @@ class SameLatentConfig(DrawOptions, SpacingOptions, ModelOptions):
     """Numbers of steps S; distances are to the images of the largest."""
     num_images: int = option(16, at_least=1)
     """Latents x_T behind each number."""
+    variance: Variance = "fixed_small"
+    """DDPM's: fixed_small is eta = 1, fixed_large its larger one."""
     classifier: File | None = None
     """Also measure in the features of this classifier (train_classifier.py)."""
 
@@ -62,8 +66,8 @@ def main(config: SameLatentConfig) -> None:
     print(_table(steps, distances))
     print(
         f"\nRoot mean squared difference of pixels on [0, 1] to the image of S = {steps[-1]}, mean "
-        f"over {config.num_images} latents; eta = 0 and 1, {config.weights} weights of step "
-        f"{run.step}, seed {config.seed}, run {run.fingerprint_id}."
+        f"over {config.num_images} latents; eta = 0 and {_ddpm(config)}, {config.weights} weights "
+        f"of step {run.step}, seed {config.seed}, run {run.fingerprint_id}."
     )
     out = pathlib.Path(config.out)
     write_results(out, config, {"S": steps, "distances": distances}, run)
@@ -74,16 +78,27 @@ def main(config: SameLatentConfig) -> None:
 def _draw_images(
     run: Run, steps: list[int], config: SameLatentConfig
 ) -> dict[str, UInt8[np.ndarray, "S N H W C"]]:
-    """Method -> images; one program for each S serves both methods."""
+    """Method -> images; one program for each S serves both methods, unless DDPM is of its own."""
+    samplers: dict[str, tuple[Callable[..., Sampler], tuple[float, ...]]]
+    samplers = {"DDIM": (ddim, (0.0,)), "DDPM": (ddim, (1.0,))}
+    if config.variance == "fixed_large":
+        samplers["DDPM"] = (functools.partial(ddpm, "fixed_large"), ())
     grids = [run.spec.timesteps(s, config.spacing) for s in steps]
     images: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
     for timesteps in grids:
-        program = image_program(run.spec, timesteps, ddim)
-        for method, eta in METHODS.items():
-            inputs = DrawInputs(run.params, seed_key(config.seed), (eta,))
-            drawn = draw_images(program, inputs, config.num_images, config.batch_size)
+        made = {make for make, _ in samplers.values()}
+        programs = {make: image_program(run.spec, timesteps, make) for make in made}
+        for method, (make, values) in samplers.items():
+            inputs = DrawInputs(run.params, seed_key(config.seed), values)
+            drawn = draw_images(programs[make], inputs, config.num_images, config.batch_size)
             images[method].append(drawn)
     return {method: np.stack(drawn) for method, drawn in images.items()}
+
+
+def _ddpm(config: SameLatentConfig) -> str:
+    """The row DDPM, and whether the predictions of both are clipped."""
+    row = "1" if config.variance == "fixed_small" else "DDPM with fixed_large"
+    return f"{row}, x0 clipped" if config.clip_x0 else row
 
 
 def pixel_distance(a: UInt8[np.ndarray, "N H W C"], b: UInt8[np.ndarray, "N H W C"]) -> float:

@@ -85,6 +85,7 @@ def main(config: SampleConfig) -> None:
         f"{config.num_images} images in {out}{f' ({kept} of them were there)' if kept else ''}: "
         f"{config.weights} weights of step {run.step}, "
         f"S = {config.num_sample_steps} {config.spacing or run.spec.spacing}, {rule}, "
+        f"{'x0 clipped, ' if config.clip_x0 else ''}"
         f"seed {config.seed}, run {run.fingerprint_id}, {seconds:.1f} s with compilation"
     )
 

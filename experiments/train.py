@@ -19,7 +19,7 @@ from common import cli, pictures
 from presets import PRESETS, TrainOptions
 
 from ddim_jax.paths import local_path
-from ddim_jax.runs import TrainConfig, Watcher, fit
+from ddim_jax.runs import TrainConfig, Watcher, fit, join
 
 
 def main(config: TrainConfig) -> None:
@@ -74,4 +74,4 @@ class _Board(Watcher):
 
 
 if __name__ == "__main__":
-    cli.run(main, TrainOptions, PRESETS)
+    cli.run(main, TrainOptions, PRESETS, prepare=join)

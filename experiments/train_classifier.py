@@ -24,7 +24,7 @@ from common import cli
 from common.measures import CLASSIFIER_FILE
 
 from ddim_jax.checks import NUM_SEEDS
-from ddim_jax.data.load import load_images
+from ddim_jax.data.load import CropName, load_images
 from ddim_jax.data.source import ImageSource
 from ddim_jax.data.stream import batches, sequential_batches
 from ddim_jax.keys import seed_key
@@ -55,6 +55,9 @@ class ClassifierConfig:
     """What its accuracy is measured on."""
     image_size: int | None = option(None, at_least=1)
     """Resize and crop images to this side."""
+    crop: CropName | None = None
+    """celeba cuts the paper's 128x128 out of aligned CelebA images, 178x218, and makes it 64x64
+    unless image_size is given; TFDS's celeb_a always has it."""
     width: int = option(32, at_least=1)
     """Channels at full size; the features are four times as many."""
     num_steps: int = option(5000, at_least=1)
@@ -126,7 +129,11 @@ def _train(config: ClassifierConfig, model: Classifier, train_set: ImageSource) 
 
 def _load(config: ClassifierConfig) -> tuple[ImageSource, ImageSource]:
     load = functools.partial(
-        load_images, config.data, data_dir=config.data_dir, image_size=config.image_size
+        load_images,
+        config.data,
+        data_dir=config.data_dir,
+        image_size=config.image_size,
+        crop=config.crop,
     )
     return load(split=config.train_split), load(split=config.test_split)
 

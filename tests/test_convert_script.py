@@ -203,8 +203,9 @@ def test_guidance_needs_a_last_class_that_is_said_to_be_none(tmp_path, capsys):
     run = load_trained(tmp_path / "null")
     assert run.spec.num_classes == 2
     x, t = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.asarray(500)
-    cond, none = (model.apply({"params": params}, x, t, label) for label in (1, 2))
-    got = run.denoiser(1, 3.0)(x, t)
+    apply = jax.jit(model.apply)
+    cond, none = (apply({"params": params}, x, t, label) for label in (1, 2))
+    got = jax.jit(run.denoiser(1, 3.0))(x, t)
     np.testing.assert_allclose(got, none + 3 * (cond - none), atol=1e-5)
 
     # And back: as many rows, and what the last means.

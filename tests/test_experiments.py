@@ -15,6 +15,8 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("sklearn")
 
+import interpolate
+import reconstruct
 import sample
 import train
 from common import pictures
@@ -162,6 +164,29 @@ def test_digits_v_trains_and_samples_on_a_schedule_that_ends_in_pure_noise(tmp_p
     for i, changes in enumerate(settings):
         images = draw(tmp_path, tmp_path / str(i), **changes)  # raises where one is not finite
         assert images.shape == (5, 8, 8, 1) and images.std() > 10, changes
+
+
+def test_ddpms_own_protocol_is_the_papers_sigma_hat(trained, tmp_path, capsys):
+    """The larger variance with x0 clipped is what the published code calls sigma-hat."""
+    clipped = draw(trained, tmp_path / "a", sampler="ddpm_fixed_large", clip_x0=True)
+    assert "ddpm_fixed_large, x0 clipped, " in capsys.readouterr().out
+    close = draw(trained, tmp_path / "b", sampler="sigma_hat")
+    assert np.abs(clipped.astype(int) - close).max() <= 1
+    plain = draw(trained, tmp_path / "c", sampler="ddpm_fixed_large")
+    assert (clipped != plain).mean() > 0.1
+    said = [json.loads((tmp_path / n / "samples.json").read_text())["fingerprint"] for n in "ac"]
+    assert said[0].pop("clip_x0") is True and said[0] == said[1]
+    with pytest.raises(ValueError, match=r"settings: fingerprint\.clip_x0"):
+        draw(trained, tmp_path / "a", sampler="ddpm_fixed_large")
+
+
+def test_a_network_that_clips_is_not_asked_to_encode(trained, tmp_path):
+    with pytest.raises(ValueError, match="clip_x0 must be left out where images are encoded"):
+        options = {"workdir": str(trained), "out": str(tmp_path / "a"), "clip_x0": True}
+        reconstruct.main(reconstruct.ReconstructConfig(**options))
+    with pytest.raises(ValueError, match="clip_x0 must be left out where images are encoded"):
+        interpolate.main(interpolate.InterpolateConfig(images=(0, 1), **options))
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_rows_of_the_table_are_different_samplers(trained, tmp_path):

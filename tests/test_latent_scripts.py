@@ -163,7 +163,7 @@ def test_distances_of_a_network_without_opinion(zero, tmp_path):
     found = results(tmp_path)
     assert found["S"] == [1, 2]
     x_T, _ = initial_noise(jax.random.key(0), np.arange(5), (8, 8, 1))
-    images = [np.asarray(to_uint8(x_T / math.sqrt(LEVELS[t]))) for t in (0, 500)]
+    images = [np.asarray(to_uint8(x_T / math.sqrt(LEVELS[t]))) for t in (999, 500)]
     want = [
         np.sqrt(((a / 255 - images[-1] / 255) ** 2).mean(axis=(1, 2, 3))).mean() for a in images
     ]
@@ -173,6 +173,14 @@ def test_distances_of_a_network_without_opinion(zero, tmp_path):
     distance = np.linalg.norm(features[0] - features[1], axis=1).mean()
     assert found["distances"]["DDIM"]["features"] == pytest.approx([distance, 0], rel=0.05)
     assert (tmp_path / "same_latent.png").exists()
+    same_latent.main(
+        same_latent.SameLatentConfig(
+            workdir=zero, out=str(tmp_path), steps=(2, 1), num_images=5, variance="fixed_large"
+        )
+    )
+    larger = results(tmp_path)["distances"]
+    assert larger["DDIM"]["pixels"] == found["distances"]["DDIM"]["pixels"]
+    assert larger["DDPM"]["pixels"][0] != found["distances"]["DDPM"]["pixels"][0]
 
 
 def test_pixel_distance_is_on_unit_pixels():
@@ -452,11 +460,11 @@ def test_the_same_latent_through_a_codec(latent_zero, tmp_path):
         )
     )
     x_T, _ = initial_noise(jax.random.key(0), np.arange(5), (4, 4, 4))
-    images = [np.asarray(to_uint8(pixels_of(x_T / math.sqrt(LEVELS[t])))) for t in (0, 500)]
+    images = [np.asarray(to_uint8(pixels_of(x_T / math.sqrt(LEVELS[t])))) for t in (999, 500)]
     want = [
         np.sqrt(((a / 255 - images[-1] / 255) ** 2).mean(axis=(1, 2, 3))).mean() for a in images
     ]
-    assert want[0] > 0.1
+    assert want[0] > 0.05
     found = results(tmp_path)["distances"]["DDIM"]["pixels"]
     np.testing.assert_allclose(found, want, atol=2e-3)
 

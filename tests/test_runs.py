@@ -409,7 +409,16 @@ def test_a_fingerprint_is_of_what_decides_the_numbers(trained, tmp_path):
     names = {run.fingerprint_id} | {other.fingerprint_id for other in others.values()}
     with jax.default_matmul_precision("highest"):
         names.add(load_trained(trained).fingerprint_id)
-    assert len(names) == 6
+    same = load_trained(trained, precision="highest")  # the same setting, said in another way
+    assert len(names) == 6 and same.fingerprint_id in names
+    assert same.fingerprint == run.fingerprint | {"matmul_precision": "highest"}
+    clips = load_trained(trained, clip_x0=True)
+    assert clips.fingerprint == run.fingerprint | {"clip_x0": True}
+    program = jax.jit(same.denoiser()).lower(jnp.zeros((1, 8, 8, 1)), 5).as_text()
+    products = program.count("stablehlo.dot_general") + program.count("stablehlo.convolution")
+    assert program.count("HIGHEST") == 2 * products > 0  # of both factors of each
+    with refused("precision must be one of default, high, highest; got 'low'"):
+        load_trained(trained, precision="low")  # pyright: ignore
     assert all(len(name) == 12 and int(name, 16) >= 0 for name in names)
     assert others["schedule"].fingerprint["schedule"]["beta_end"] == 0.03
     assert others["raw"].fingerprint["weights"]["kind"] == "raw"

@@ -16,8 +16,8 @@ from small_runs import SMALL
 from ddim_jax.keys import seed_key
 from ddim_jax.objectives import Denoising, Objective
 from ddim_jax.runs import fit, image_program, load_trained, read_config
-from ddim_jax.runs.fit import _weights_from
 from ddim_jax.runs.folder import load_spec
+from ddim_jax.runs.init_from import check_init_from
 
 
 def of(workdir, **changes):
@@ -83,7 +83,7 @@ def test_a_network_may_be_trained_without_the_row(tmp_path):
     # As many rows as nine classes and "no class" have: the shapes do not show it.
     nine = dataclasses.replace(model, num_classes=9, no_class_row=True)
     with refused("model.num_classes must be 10, as in the network of init_from"):
-        _weights_from(config.workdir, of(tmp_path / "nine", model=nine).spec((8, 8, 1)))
+        check_init_from(config.workdir, of(tmp_path / "nine", model=nine).spec((8, 8, 1)))
 
 
 def test_an_objective_of_ones_own_says_whether_it_trains_no_class():

@@ -678,12 +678,60 @@ def test_what_is_no_sampler_or_no_array_is_refused():
         dj.named_sampler("euler")
 
 
-def test_encoding_a_clipped_network_is_refused():
-    for clip in (dj.clip_x0, dj.clip_x0_keep_eps):
-        clipped = clip(eps_fn, SCHEDULE)
-        for encode in (dj.encode, dj.encode_fixed_point):
+def clips_by_hand(x, t):
+    """What a user writes without `clip_x0`: x0 by eq. 9, cut, and the eps that goes with it."""
+    signal, noise = jnp.sqrt(SCHEDULE.alpha_bar(t)), jnp.sqrt(1 - SCHEDULE.alpha_bar(t))
+    x0 = jnp.clip((x - noise * eps_fn(x, t)) / signal, -1, 1)
+    return (x - signal * x0) / noise
+
+
+def cut_networks(clip):
+    """One that clips, as users hand it on: the wrapper's own type is seen in the first alone."""
+    clipped = clip(eps_fn, SCHEDULE)
+
+    def in_a_function(x, t):
+        return clipped(x, t)
+
+    return {
+        "itself": clipped,
+        "in a function": in_a_function,
+        "in jit": jax.jit(clipped),
+        "in guided": dj.guided(clipped, clipped, 2.0),
+        "under remat": jax.checkpoint(in_a_function),
+    }
+
+
+both_encodings = pytest.mark.parametrize("encode", [dj.encode, dj.encode_fixed_point])
+
+
+@both_encodings
+def test_encoding_a_clipped_network_is_refused(encode):
+    cut = {clip: cut_networks(clip) for clip in (dj.clip_x0, dj.clip_x0_keep_eps)}
+    for name, clipped in [pair for of in cut.values() for pair in of.items()]:
+        for wrap in (lambda f: f, jax.jit):  # by itself, and where its input is traced
             with refused("eps_fn must not clip its data prediction when encoding.*Pass the netw"):
-                encode(clipped, SCHEDULE, X_T, [5, 0])
+                wrap(lambda x, f=clipped: encode(f, SCHEDULE, x, [5, 0]))(X_T)
+                pytest.fail(name)
+    for by_hand in (clips_by_hand, dj.guided(clips_by_hand, clips_by_hand, 2.0)):
+        with refused("eps_fn must not clip its data prediction.*got a network that does"):
+            encode(by_hand, SCHEDULE, X_T, [5, 0])
+        inside = jax.jit(lambda x, f=by_hand: encode(f, SCHEDULE, x, [5, 0]))(X_T)
+        assert np.isnan(inside).all()
+
+
+@both_encodings
+def test_what_cuts_something_else_is_encoded(encode):
+    """Networks of other operations that look like clipping, whose x0_hat goes with x."""
+    image = jnp.where(jnp.arange(X_T.size).reshape(X_T.shape) % 2, -1.0, 1.0)
+    others = {
+        "relu6 inside": lambda x, t: 0.1 * jnp.minimum(jax.nn.relu(x), 6.0),
+        "clips what it is asked of": lambda x, t: 0.5 * jnp.clip(x, -1, 1),
+        "knows one image of two colours": lambda x, t: dj.x0_to_epsilon(
+            jnp.clip(image, -1, 1), x, SCHEDULE.alpha_bar(t)
+        ),
+    }
+    for name, network in others.items():
+        assert np.isfinite(encode(network, SCHEDULE, X_T, [5, 0])).all(), name
 
 
 def test_an_eta_of_another_shape_is_refused():

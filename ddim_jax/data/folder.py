@@ -6,8 +6,8 @@ import collections
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.ExifTags
@@ -16,7 +16,8 @@ import PIL.ImageOps
 from jaxtyping import Int
 
 from ddim_jax.data.content import files_content
-from ddim_jax.data.images import is_transparent, opened, pixels_of
+from ddim_jax.data.crops import Crop
+from ddim_jax.data.images import is_transparent, opened, pixels_of, shows_compression
 from ddim_jax.data.source import Example, decoding_threads, make_example
 from ddim_jax.paths import local_path
 
@@ -50,6 +51,9 @@ class FolderSource:
     """See `content_of`."""
     notes: tuple[str, ...] = ()
     """What a user should know about what became of the files."""
+    crop: Crop | None = None
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """How the pixels came to be: see source.py."""
 
     def __len__(self) -> int:  # noqa: D105
         return len(self.paths)
@@ -59,23 +63,30 @@ class FolderSource:
         with opened(path, path) as image:
             if self.pages[index]:
                 image.seek(self.pages[index])
-            pixels = pixels_of(PIL.ImageOps.exif_transpose(image), self.image_shape)
+            upright = PIL.ImageOps.exif_transpose(image)
+            part = upright if self.crop is None else self.crop(upright, path)
+            pixels = pixels_of(part, self.image_shape)
         return make_example(pixels, None if self.labels is None else self.labels[index])
 
 
-def image_folder(path: str | os.PathLike[str], image_size: int | None = None) -> FolderSource:
+def image_folder(
+    path: str | os.PathLike[str], image_size: int | None = None, crop: Crop | None = None
+) -> FolderSource:
     """The image files below a folder, in the order of their names; links are followed.
 
     Grey if all files are, else RGB. What is transparent is laid over white, photos are turned
     upright, every page of a TIFF file is an image, and of an animation the first picture is. The
     top subfolders are the classes, unless a file lies in none. Without `image_size` all files must
-    have one size; with it they become squares, see `images.resize_and_crop`.
+    have one size; with it they become squares, see `images.resize_and_crop`. With a `crop` they
+    must have the size it is for, and that part becomes the square, of the crop's own side without
+    `image_size`.
     """
     path = local_path(path, "data", "folder")
     found = _find(path)
     if not found.images:
         raise ValueError(
-            f"{path} has no image in it or below it{_but(found.others)}. Files that count end in "
+            f"{path} has no image in it or below it{_but(found.others)}."
+            f"{_lmdb(found.others)} Files that count end in "
             f"{' '.join(_readable())}, and neither they nor their folders start with a dot."
         )
     with decoding_threads() as pool:
@@ -90,7 +101,11 @@ def image_folder(path: str | os.PathLike[str], image_size: int | None = None) ->
             f"images must have 8 bits a channel; {len(deep)} of {len(paths)} in {path} have more, "
             f"{deep[0]} is one. Convert them, choosing what becomes black and white."
         )
-    if image_size is None:
+    if crop is not None:
+        for file, page in zip(paths, pages, strict=True):
+            crop.check_size(page.size, file)
+        width = height = image_size or crop.default_size
+    elif image_size is None:
         width, height = _one_size(path, paths, pages)
     else:
         width = height = image_size
@@ -105,6 +120,8 @@ def image_folder(path: str | os.PathLike[str], image_size: int | None = None) ->
         tuple(page.number for page in pages),
         files_content(path, found.images),
         tuple(_notes(found, headers)),
+        crop,
+        _facts(pages, min(height, width), crop),
     )
 
 
@@ -180,6 +197,10 @@ def _counted(kinds: collections.Counter[str]) -> str:
     )
 
 
+def _lmdb(others: collections.Counter[str]) -> str:
+    return " Give one of its LMDB folders, such as LSUN's." if ".mdb" in others else ""
+
+
 def _but(others: collections.Counter[str]) -> str:
     return f", but {_counted(others)}" if others else ""
 
@@ -194,6 +215,7 @@ class _Page(NamedTuple):
     mode: str  # PIL's
     transparent: bool
     animated: bool
+    format: str | None  # PIL's
 
 
 def _headers(path: str) -> list[_Page]:
@@ -213,9 +235,16 @@ def _headers(path: str) -> list[_Page]:
 def _page(image: PIL.Image.Image, number: int) -> _Page:
     transparent = is_transparent(image)
     animated = image.format in ANIMATIONS and getattr(image, "is_animated", False)
+    kind = image.format  # which an image that was turned has not
     if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) > 1:
         image = PIL.ImageOps.exif_transpose(image)
-    return _Page(number, image.size, image.mode, transparent, animated)
+    return _Page(number, image.size, image.mode, transparent, animated, kind)
+
+
+def _facts(pages: Sequence[_Page], side: int, crop: Crop | None) -> dict[str, Any]:
+    sizes = (page.size if crop is None else crop.size for page in pages)
+    lossy = sum(shows_compression(p.format, s, side) for p, s in zip(pages, sizes, strict=True))
+    return {"lossy_files": lossy} | (crop.facts() if crop else {})
 
 
 def _one_size(path: pathlib.Path, files: Sequence[str], pages: Sequence[_Page]) -> tuple[int, int]:

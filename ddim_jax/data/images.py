@@ -12,6 +12,7 @@ import PIL.Image
 from jaxtyping import UInt8
 
 from ddim_jax.data.content import content_of
+from ddim_jax.data.crops import Crop
 from ddim_jax.data.source import ArraySource
 
 
@@ -26,6 +27,18 @@ def opened(file: str | io.BytesIO, name: str) -> Iterator[PIL.Image.Image]:
         raise ValueError(
             f"{name} cannot be read as an image ({error}). Remove it or replace it."
         ) from error
+
+
+LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
+"""PIL's names of formats that change pixels, as a rule."""
+
+
+def shows_compression(format: str | None, size: tuple[int, int], side: int) -> bool:
+    """Whether an image of a format, by PIL's name, shows that once its short side is `side`.
+
+    Scaling down by a half, say, averages away what a JPEG file adds.
+    """
+    return format in LOSSY and min(size) < 1.5 * side
 
 
 def resize_and_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
@@ -65,6 +78,16 @@ def pixels_of(image: PIL.Image.Image, shape: tuple[int, int, int]) -> UInt8[np.n
     if image.size != (width, height):
         image = resize_and_crop(image, height)
     return np.asarray(image).reshape(shape)
+
+
+def cropped(source: ArraySource, crop: Crop) -> ArraySource:
+    """The same with that part of each image. Raises ValueError for images of another size."""
+    height, width = source.image_shape[:2]
+    crop.check_size((width, height), source.name)
+    left, top, right, bottom = crop.box
+    images = source.images[:, top:bottom, left:right]
+    facts = {**source.facts, **crop.facts()}
+    return dataclasses.replace(source, images=images, facts=facts, content=content_of(source))
 
 
 def resized(source: ArraySource, size: int) -> ArraySource:

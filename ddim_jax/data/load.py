@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -13,6 +13,11 @@ from ddim_jax.data.digits import digits
 from ddim_jax.data.npz import npy_file, npz_file
 from ddim_jax.data.source import ArraySource, ImageSource, check_split, decoded
 from ddim_jax.paths import expanded, local_path
+
+if TYPE_CHECKING:
+    from ddim_jax.data.crops import Crop
+
+CropName = Literal["celeba"]
 
 MAX_BYTES_IN_MEMORY = 3 * 2**29
 """Sets of at most this many bytes once decoded, 1.5 GiB, are held in memory."""
@@ -26,18 +31,22 @@ def load_images(
     split: str = "train",
     data_dir: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
+    crop: CropName | None = None,
     in_memory: bool | None = None,
 ) -> ImageSource:
     """The images called `name`.
 
     name: "digits" (scikit-learn's 1797 digits, 8x8, no download); a .npz or .npy file of uint8
       (N, H, W[, C]); a folder of images; or a TFDS name such as "cifar10", "celeb_a" (cropped as
-      in the paper, 64x64) or "lsun/bedroom" (256x256). digits.py, npz.py, folder.py and tfds.py
-      have more about each. A path may begin with ~.
+      in the paper, 64x64) or "lsun/bedroom" (256x256); or an LMDB folder, as LSUN's own are
+      (256x256). digits.py, npz.py, folder.py, tfds.py and lmdb_folder.py have more about each. A
+      path may begin with ~.
     split: TFDS's split, slices such as "train[:1000]" included. A file or a folder is all "train".
       Of the digits "train" is the first 1437, "test" the last 360, and "all" both.
     data_dir: where TFDS sets stand; TFDS's own default if None.
     image_size: side of the images wanted, see `images.resize_and_crop`; None keeps theirs.
+    crop: "celeba" for the paper's crop of aligned CelebA, 178x218 images, which are then 64x64
+      unless `image_size` is given; None for none, but that TFDS's celeb_a always has it.
     in_memory: whether a folder or TFDS set is decoded now; None decides by MAX_BYTES_IN_MEMORY.
 
     Prints what became of files that are no plain images: passed over, transparent, animated.
@@ -46,11 +55,11 @@ def load_images(
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1; got {image_size}.")
-    source = _open(expanded(name, "data"), split, data_dir, image_size)
+    source = _open(expanded(name, "data"), split, data_dir, image_size, crop)
     for note in getattr(source, "notes", ()):
         print(f"{source.name}: {note}", flush=True)
     if isinstance(source, ArraySource):
-        return source if image_size is None else _resized(source, image_size)
+        return _fitted(source, image_size, crop)
     if in_memory is None:
         in_memory = len(source) * int(np.prod(source.image_shape)) <= MAX_BYTES_IN_MEMORY
     return decoded(source) if in_memory else source
@@ -70,15 +79,18 @@ def splits_of(name: str, data_dir: str | os.PathLike[str] | None = None) -> tupl
     return tfds_splits(name, data_dir)
 
 
-def _kind(name: str) -> Literal["digits", "npz", "npy", "folder", "tfds"]:
+def _kind(name: str) -> Literal["digits", "npz", "npy", "folder", "lmdb", "tfds"]:
     """What the name is of, its `~` expanded. Raises ValueError for a file of no kind we read."""
     if name == "digits":
         return "digits"
     path = pathlib.Path(name)
     suffix = path.suffix.lower()
     if path.is_dir():
+        from ddim_jax.data.lmdb_folder import is_lmdb
         from ddim_jax.data.tfds import is_tfds_name
 
+        if is_lmdb(path):
+            return "lmdb"
         # A set's name wins, or a run's own folder cifar10/ of sample grids could become its data.
         return "tfds" if is_tfds_name(name) else "folder"
     if suffix == ".npz":
@@ -106,7 +118,11 @@ def _what(path: pathlib.Path) -> str:
 
 
 def _open(
-    name: str, split: str, data_dir: str | os.PathLike[str] | None, image_size: int | None
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike[str] | None,
+    image_size: int | None,
+    crop: CropName | None,
 ) -> ImageSource:
     """The set as it stands: an array of any size, or images still to be decoded."""
     kind = _kind(name)
@@ -116,16 +132,34 @@ def _open(
         from ddim_jax.data.tfds import tfds_set
 
         data_dir = None if data_dir is None else local_path(data_dir, "data_dir", "folder")
-        return tfds_set(name, split, data_dir, image_size)
-    check_split(split, ("train",), f"the folder {name}" if kind == "folder" else name)
+        return tfds_set(name, split, data_dir, image_size, _named_crop(crop))
+    check_split(split, ("train",), f"the folder {name}" if kind in ("folder", "lmdb") else name)
     if kind == "folder":
         from ddim_jax.data.folder import image_folder
 
-        return image_folder(name, image_size)
+        return image_folder(name, image_size, _named_crop(crop))
+    if kind == "lmdb":
+        from ddim_jax.data.lmdb_folder import lmdb_folder
+
+        return lmdb_folder(name, image_size, _named_crop(crop))
     return npz_file(name) if kind == "npz" else npy_file(name)
 
 
-def _resized(source: ArraySource, size: int) -> ArraySource:
-    from ddim_jax.data.images import resized
+def _named_crop(name: CropName | None) -> Crop | None:
+    if name is None:
+        return None
+    from ddim_jax.data.crops import named_crop
 
-    return resized(source, size)
+    return named_crop(name)
+
+
+def _fitted(source: ArraySource, size: int | None, name: CropName | None) -> ArraySource:
+    """The arrays cropped and resized, where that is asked for."""
+    crop = _named_crop(name)
+    if size is None and crop is None:
+        return source
+    from ddim_jax.data.images import cropped, resized
+
+    if crop is not None:
+        source, size = cropped(source, crop), size or crop.default_size
+    return source if size is None else resized(source, size)

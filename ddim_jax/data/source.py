@@ -1,9 +1,11 @@
 """What a source of images is, and the one in memory.
 
-A source has a length, and its item i is {"image": uint8 (H, W, C)[, "label": int32 ()]}. Arrays
-live in memory; the others decode an image each time it is asked for, and `decoded` turns them into
-arrays. Everything that can be wrong with a set is a ValueError that names it, when it is opened if
-that is cheap, else when the image is read.
+A source has a length, and its item i is {"image": uint8 (H, W, C)[, "label": int32 ()]}. Where it
+knows how its pixels came to be, its `facts` say so, as JSON holds them: "crop", and "lossy_files",
+how many of its images show that JPEG or the like has changed them (`images.shows_compression`).
+Arrays live in memory; the others decode an image each time it is asked for, and `decoded` turns
+them into arrays. Everything that can be wrong with a set is a ValueError that names it, when it is
+opened if that is cheap, else when the image is read.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import concurrent.futures
 import dataclasses
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -51,6 +53,8 @@ class ArraySource:
     num_classes: int | None = None
     content: str | None = None
     """See `content_of`; None for a hash of the arrays."""
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """How the pixels came to be: see the top of this file."""
 
     def __post_init__(self):  # noqa: D105
         images, labels = self.images, self.labels
@@ -122,7 +126,13 @@ def decoded(source: ImageSource) -> ArraySource:
         for _ in pool.map(decode, spans):
             pass  # an error of a thread is raised here
     content = getattr(source, "content", None)
-    return ArraySource(images, labels, source.name, source.num_classes, content)
+    facts = facts_of(source)
+    return ArraySource(images, labels, source.name, source.num_classes, content, facts)
+
+
+def facts_of(source: ImageSource) -> dict[str, Any]:
+    """How the pixels of a source came to be, as far as it knows."""
+    return dict(getattr(source, "facts", {}))
 
 
 def decoding_threads() -> concurrent.futures.ThreadPoolExecutor:
@@ -139,11 +149,11 @@ def check_split(split: str, valid: Iterable[str], name: str) -> None:
         raise ValueError(f"split must be one of {sorted(valid)} for {name}; got {split!r}.")
 
 
-def import_extra(module: str, purpose: str) -> Any:
+def import_extra(module: str, purpose: str, extra: str = "experiments") -> Any:
     """A module that only some uses need, or an ImportError that says how to get it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"{module.split('.')[0]} is needed {purpose}: pip install 'ddim_jax[experiments]'"
+            f"{module.split('.')[0]} is needed {purpose}: pip install 'ddim_jax[{extra}]'"
         ) from error

@@ -9,16 +9,17 @@ import importlib
 import io
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from ddim_jax.data.images import opened, pixels_of
+from ddim_jax.data.crops import CROPS, Crop
+from ddim_jax.data.images import opened, pixels_of, shows_compression
 from ddim_jax.data.source import Example, check_split, import_extra, make_example
 from ddim_jax.paths import local_path
 
-CELEB_A_CROP = (25, 57, 153, 185)  # left, top, right, bottom: the paper's 128x128 of 178x218
-DEFAULT_SIZES = {"celeb_a": 64, "lsun": 256}
+DEFAULT_SIZES = {"lsun": 256}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +30,13 @@ class RecordSource:
     name: str
     image_shape: tuple[int, int, int]
     num_classes: int | None
-    crop: tuple[int, int, int, int] | None = None  # left, top, right, bottom
+    crop: Crop | None = None
     content: str | None = None
     """See `content_of`."""
     notes: tuple[str, ...] = ()
     """What a user should know about what became of the images."""
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """How the pixels came to be: see source.py."""
 
     def __len__(self) -> int:  # noqa: D105
         return len(self.records)
@@ -42,8 +45,10 @@ class RecordSource:
         # Parsed here, since TFDS's own parser takes a third of the time that small images need.
         features = _record_message().FromString(self.records[index]).features.feature
         file = io.BytesIO(features["image"].bytes_list.value[0])
-        with opened(file, f"record {index} of {self.name}") as image:
-            pixels = pixels_of(image.crop(self.crop) if self.crop else image, self.image_shape)
+        name = f"record {index} of {self.name}"
+        with opened(file, name) as image:
+            part = image if self.crop is None else self.crop(image, name)
+            pixels = pixels_of(part, self.image_shape)
         labelled = self.num_classes is not None
         return make_example(pixels, features["label"].int64_list.value[0] if labelled else None)
 
@@ -58,10 +63,12 @@ def tfds_set(
     split: str = "train",
     data_dir: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
+    crop: Crop | None = None,
 ) -> RecordSource:
     """A TFDS set prepared as array_record, read without TensorFlow.
 
     celeb_a has the paper's crop, and 64 for its size if none is given; lsun has 256. Other sets
+    have the `crop` that is given,
     keep their size, or are squares of `image_size`; see `images.resize_and_crop`. What is
     transparent is laid over white.
     """
@@ -76,7 +83,9 @@ def tfds_set(
     records = _records(builder, name, split, folder)
     height, width, channels = image.shape
     transparent = channels == 4
-    size = DEFAULT_SIZES.get(builder.name) if image_size is None else image_size
+    crop = CROPS["celeba"] if builder.name == "celeb_a" else crop
+    default = DEFAULT_SIZES.get(builder.name) if crop is None else crop.default_size
+    size = default if image_size is None else image_size
     if size is not None:
         height = width = size
     elif height is None or width is None:
@@ -88,10 +97,19 @@ def tfds_set(
         name=full_name,
         image_shape=(height, width, 3 if transparent else channels),
         num_classes=label.num_classes if isinstance(label, tfds.features.ClassLabel) else None,
-        crop=CELEB_A_CROP if builder.name == "celeb_a" else None,
+        crop=crop,
         content=f"tfds {full_name} of {len(records)}",
         notes=("images with transparency are laid over white",) if transparent else (),
+        facts=_lossy(records, full_name, height, crop) | (crop.facts() if crop else {}),
     )
+
+
+def _lossy(records: Any, name: str, side: int, crop: Crop | None) -> dict[str, Any]:
+    """How many records show that they were JPEG files: all or none, by the first."""
+    features = _record_message().FromString(records[0]).features.feature
+    with opened(io.BytesIO(features["image"].bytes_list.value[0]), f"record 0 of {name}") as image:
+        shows = shows_compression(image.format, crop.size if crop else image.size, side)
+    return {"lossy_files": len(records) * shows}
 
 
 def tfds_splits(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from ddim_jax.runs.draw import to_pixels as to_pixels
 from ddim_jax.runs.fit import fit as fit
 from ddim_jax.runs.folder import load_spec as load_spec
 from ddim_jax.runs.folder import read_config as read_config
+from ddim_jax.runs.hosts import join as join
 from ddim_jax.runs.load import Run as Run
 from ddim_jax.runs.load import Weights as Weights
 from ddim_jax.runs.load import load_trained as load_trained

@@ -7,6 +7,8 @@ from typing import Any
 
 from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.codec import CODECS, PIXELS, Codec
+from ddim_jax.data.load import CropName
+from ddim_jax.numerics import Precision, check_precision
 from ddim_jax.objectives import DENOISING, OBJECTIVES, Objective
 from ddim_jax.paths import DataName, Folder
 from ddim_jax.runs.options import check_limits, option
@@ -36,6 +38,9 @@ class TrainConfig:
     """Which part of the data to train on; TFDS slices such as train[:1000] work."""
     image_size: int | None = option(None, at_least=1)
     """Resize and crop images to this side; without it all must have one size."""
+    crop: CropName | None = None
+    """celeba cuts the paper's 128x128 out of aligned CelebA images, 178x218, and makes it 64x64
+    unless image_size is given; TFDS's celeb_a always has it."""
     num_workers: int = option(0, at_least=0, may_change=True)
     """Processes that decode images of sets too large for memory; 0 uses threads."""
 
@@ -44,6 +49,10 @@ class TrainConfig:
     predicts: str = "eps"
     """What the network predicts: eps, v or x0."""
     codec: Codec = PIXELS
+    precision: Precision | None = None
+    """How products of float32 matrices are computed, when sampling too unless told otherwise:
+    default is the device's quickest way (TF32, bfloat16), highest is float32; as JAX is set if not
+    given."""
     spacing: Spacing = "uniform"
     """Sub-sequence that sampling from this model uses unless told otherwise."""
     objective: Objective = DENOISING
@@ -92,11 +101,23 @@ class TrainConfig:
     process_id: int | None = option(None, may_change=True)
     """Which of them this is, from 0."""
 
+    def check_hosts(self) -> None:
+        """Raise ValueError for what only a run on several hosts uses, without `distributed`."""
+        for name in ("coordinator", "num_processes", "process_id"):
+            value = getattr(self, name)
+            if value is not None and not self.distributed:
+                raise ValueError(
+                    f"{name} must be given with distributed only; got {value}. Without it each "
+                    "process would train alone: set distributed too, or leave it out."
+                )
+
     def check(self) -> None:
         """Raise ValueError for settings that no run could use."""
+        self.check_hosts()
         if not self.workdir:
             raise ValueError("workdir must name the folder of the run; got ''.")
         check_limits(self)
+        check_precision(self.precision)
         self.objective.check(self.predicts)
         model = self.model
         if model.num_classes and not model.no_class_row and self.objective.trains_no_class():
@@ -115,6 +136,7 @@ class TrainConfig:
             predicts=self.predicts,
             codec=self.codec,
             unconditional=self.objective.trains_no_class(),
+            precision=self.precision,
         )
 
     def describe(self) -> dict[str, Any]:

@@ -21,25 +21,23 @@ from ddim_jax.data.stream import batches, prefetch_to_device
 from ddim_jax.files import only_one_process
 from ddim_jax.hashing import content_hash
 from ddim_jax.keys import seed_key
+from ddim_jax.numerics import matmul_precision
 from ddim_jax.objectives import Frozen, LossFn, Setup
 from ddim_jax.paths import local_path
 from ddim_jax.runs.config import TrainConfig
 from ddim_jax.runs.draw import DrawInputs, Pixels, draw_pixels, image_program
 from ddim_jax.runs.folder import (
     DATA_CONTENT,
-    as_begun,
     checkpoints,
     has_checkpoints,
     load_codec_params,
-    load_spec,
-    read_config,
     save_codec_params,
     write_config,
 )
-from ddim_jax.runs.load import load_weights
+from ddim_jax.runs.hosts import agree_on_run, agree_on_state, agree_on_workdir, join
+from ddim_jax.runs.init_from import check_init_from, weights_from
 from ddim_jax.runs.log import Log, Watcher
-from ddim_jax.runs.options import with_local_paths
-from ddim_jax.runs.spec import ROUNDING, ModelConfig, RunParams, RunSpec
+from ddim_jax.runs.spec import ROUNDING, RunParams, RunSpec
 from ddim_jax.train import TrainState, adam_with_warmup, init_train_state
 
 NUM_PREVIEWS = 64
@@ -56,8 +54,9 @@ class _Job(NamedTuple):
     tx: optax.GradientTransformation
     loss_fn: LossFn
     frozen: Frozen
-    init: Callable[[jax.Array], TrainState]
-    """Traced: the state before the first step."""
+    init: Callable[[jax.Array, Any], TrainState]
+    """Traced, (key, given weights or None): the state before the first step."""
+    resumed: bool
 
 
 def fit(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> None:
@@ -65,53 +64,74 @@ def fit(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> None:
 
     A run found there is resumed, to the same bits as one that was never stopped. Losses go to
     metrics.jsonl and to the watchers.
+    Several hosts (`distributed`) must share the workdir, have equally many devices and be given the
+    same settings and images. Each has its own process_id, and may spell or place `workdir`, `data`,
+    `data_dir` and `coordinator` otherwise. They compare settings, images, versions, what is in the
+    workdir, step and weights before the first update.
     Raises ValueError, before anything is written, for settings that no run could use, or other
     settings than those of the run in the folder; FloatingPointError for a loss or gradient that is
-    not finite, the checkpoints before it kept.
+    not finite, the checkpoints before it kept. What one host refuses, and what they do not agree
+    on, is raised on all of them.
     """
     started = time.monotonic()
-    config.check()
-    config = as_begun(with_local_paths(config))
-    if config.distributed:
-        parallel.initialize_distributed(config.coordinator, config.num_processes, config.process_id)
-        if config.max_seconds is not None and jax.process_count() > 1:
-            raise ValueError("max_seconds must be None with several hosts: their clocks differ.")
-    parallel.check_batch_size(config.batch_size, config.num_microbatches)
-    job = _job(config)
+    config = join(config)
+    with matmul_precision(config.precision):
+        _fit(config, watchers, started)
+
+
+def _fit(config: TrainConfig, watchers: Sequence[Watcher], started: float) -> None:
+    """`fit` with settings that a run could use."""
+    job = parallel.together(lambda: _job(config))
+    description = parallel.together(lambda: _described(job))
+    agree_on_run(description, job.resumed)
+    weights = parallel.together(lambda: _given_weights(job))
     # Traced before anything is written: a network that does not fit the images is refused here.
     key = seed_key(config.seed)
-    template = jax.eval_shape(job.init, key)
-    description = _described(job)
+    template = parallel.together(lambda: jax.eval_shape(job.init, key, weights))
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            stack.enter_context(only_one_process(job.workdir))
-            write_config(job.workdir, description)
-            save_codec_params(job.workdir, job.frozen.codec)
+        first = jax.process_index() == 0
+        parallel.together(lambda: first and stack.enter_context(only_one_process(job.workdir)))
+        agree_on_workdir(job.workdir)
+        parallel.together(lambda: first and _write_settings(job, description))
         checkpointer = stack.enter_context(checkpoints(job.workdir, config.keep_checkpoints))
         start = checkpointer.latest_step() or 0
-        replicas = _first_replicas(job, key, template, checkpointer)
+        replicas = _first_replicas(job, key, weights, template, checkpointer)
         _announce(job, template, start)
         if start < config.max_steps:
             _train(job, replicas, start, checkpointer, watchers, started)
 
 
-def _first_replicas(
-    job: _Job, key: jax.Array, template: TrainState, checkpointer: Checkpointer
-) -> TrainState:
+def _first_replicas(job: _Job, key, weights, template, checkpointer: Checkpointer) -> TrainState:
     """The state to go on from, on every device; the copy it was made of is let go of here."""
+    state = parallel.together(lambda: _start(job, key, weights, template, checkpointer))
+    agree_on_state(state)
+    return parallel.replicate(state)
+
+
+def _write_settings(job: _Job, description: dict[str, Any]) -> None:
+    write_config(job.workdir, description)
+    save_codec_params(job.workdir, job.frozen.codec)
+
+
+def _start(job: _Job, key, weights, template, checkpointer: Checkpointer) -> TrainState:
+    """The state of the newest checkpoint, or the one before the first step."""
     if checkpointer.latest_step() is not None:
-        return parallel.replicate(checkpointer.restore(template))
+        return checkpointer.restore(template)
+    if weights is not None:
+        return job.init(key, weights)
     # Runs once: on a CPU optimizing this program takes far longer than running it.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-    init = jax.jit(job.init, compiler_options=quick)
-    # Given weights would be compiled in, as constants.
-    return parallel.replicate(init(key) if job.config.init_from is None else job.init(key))
+    return jax.jit(job.init, compiler_options=quick)(key, None)
 
 
 def _job(config: TrainConfig) -> _Job:
     workdir = local_path(config.workdir, "workdir", "folder")
     source = load_images(
-        config.data, split=config.split, data_dir=config.data_dir, image_size=config.image_size
+        config.data,
+        split=config.split,
+        data_dir=config.data_dir,
+        image_size=config.image_size,
+        crop=config.crop,
     )
     spec = config.spec(source.image_shape)
     spec.timesteps(1)  # refuses a spacing that the schedule has not
@@ -127,7 +147,8 @@ def _job(config: TrainConfig) -> _Job:
         codec=spec.codec,
     )
     tx = adam_with_warmup(config.learning_rate, config.warmup_steps, config.clip_norm)
-    weights = None if config.init_from is None or resumed else _weights_from(config.init_from, spec)
+    if config.init_from is not None and not resumed:
+        check_init_from(config.init_from, spec)
     return _Job(
         config=config,
         workdir=workdir,
@@ -137,14 +158,15 @@ def _job(config: TrainConfig) -> _Job:
         loss_fn=config.objective.loss_fn(setup),
         # On the host: what runs on devices gets copies there.
         frozen=jax.device_get(Frozen(codec, config.objective.frozen())),
-        init=_initial_state(spec, setup, config, tx, weights),
+        init=_initial_state(spec, setup, config, tx),
+        resumed=resumed,
     )
 
 
-def _initial_state(spec, setup: Setup, config: TrainConfig, tx, weights):
-    """key -> the state before the first step, from random weights or from those given."""
+def _initial_state(spec, setup: Setup, config: TrainConfig, tx):
+    """(key, weights or None) -> the state before the first step; random weights for None."""
 
-    def init(key: jax.Array) -> TrainState:
+    def init(key: jax.Array, weights: Any) -> TrainState:
         init_key, run_key = jax.random.split(key)
         ema_params = None
         if weights is None:
@@ -158,50 +180,9 @@ def _initial_state(spec, setup: Setup, config: TrainConfig, tx, weights):
     return init
 
 
-def _weights_from(workdir: str, spec: RunSpec) -> tuple[Any, Any]:
-    """The parameters and their average in another workdir, on the host; a converted one has one
-    set for both."""
-    there = load_spec(workdir)
-    if there.latent_shape[-1] != spec.latent_shape[-1]:
-        raise ValueError(
-            f"init_from must hold a network for {spec.latent_shape[-1]} channels; {workdir} has "
-            f"{there.latent_shape[-1]}."
-        )
-    groups, wanted = there.model_config.norm_groups, spec.model_config.norm_groups
-    if groups != wanted:  # which the shapes of the weights do not show
-        raise ValueError(
-            f"model.norm_groups must be {groups}, as in the network of init_from {workdir}; "
-            f"got {wanted}."
-        )
-    _check_same_classes(workdir, there.model_config, spec.model_config)
-    if there.predicts != spec.predicts:
-        raise ValueError(
-            f"predicts must be {there.predicts}, as the network of init_from {workdir} does; got "
-            f"{spec.predicts}. Its weights would fit, and mean something else."
-        )
-    if there.codec != spec.codec:
-        raise ValueError(
-            f"codec must be {there.codec}, as of init_from {workdir}; got {spec.codec}. Its "
-            "network sees what that codec makes of images."
-        )
-    if there.schedule_config != spec.schedule_config:
-        print(f"init_from {workdir} was trained on another schedule: {there.schedule_config}")
-    only = read_config(workdir).get("converted_from", {}).get("weights")
-    kinds = (only, only) if only else ("raw", "ema")
-    params, average = (jax.device_get(load_weights(workdir, spec, kind)[0]) for kind in kinds)
-    return params, average
-
-
-def _check_same_classes(workdir: str, there: ModelConfig, wanted: ModelConfig) -> None:
-    """Ten classes, or nine and "no class": the shapes of the weights do not show which."""
-    if there.num_classes is None or wanted.num_classes is None:
-        return  # which they do show
-    for name in ("num_classes", "no_class_row"):
-        if getattr(there, name) != getattr(wanted, name):
-            raise ValueError(
-                f"model.{name} must be {getattr(there, name)}, as in the network of init_from "
-                f"{workdir}; got {getattr(wanted, name)}."
-            )
+def _given_weights(job: _Job) -> tuple[Any, Any] | None:
+    workdir = job.config.init_from
+    return None if workdir is None or job.resumed else weights_from(workdir, job.spec)
 
 
 def _described(job: _Job) -> dict[str, Any]:
@@ -219,6 +200,11 @@ def _described(job: _Job) -> dict[str, Any]:
     if jax.tree.leaves(job.frozen.objective):
         facts["frozen_hash"] = content_hash(job.frozen.objective)[:16]
     return job.config.describe() | facts
+
+
+def _log(job: _Job, start: int, watchers: Sequence[Watcher]) -> Log:
+    config = job.config
+    return Log(job.workdir, start, config.max_steps, config.log_every, config.batch_size, watchers)
 
 
 def _announce(job: _Job, state: TrainState, step: int) -> None:
@@ -254,9 +240,9 @@ def _train(
     max_seconds = float("inf") if config.max_seconds is None else config.max_seconds
     before = None  # step and metrics of the update before this one
     step, last = start, False
-    with Log(
-        job.workdir, start, config.max_steps, config.log_every, config.batch_size, watchers
-    ) as log:
+    with contextlib.ExitStack() as stack:
+        # It may find lines that are damaged.
+        log = parallel.together(lambda: stack.enter_context(_log(job, start, watchers)))
         while not last:
             step += 1
             replicas, metrics = step_fn(replicas, next(stream), frozen)

@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -43,6 +43,9 @@ RECORDED = frozenset({"rounding", "format", "init_from_hash", "versions", "uncon
 DATA_CONTENT = "data_content"
 """What the images are, as `content_of` says; absent from what older versions wrote."""
 ALL_DIGITS = 1797
+
+
+Config = TypeVar("Config", bound=TrainConfig)
 
 
 def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def _from_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
     return rest | ({"objective": {"name": "denoising", **old}} if old else {})
 
 
-def as_begun(config: TrainConfig) -> TrainConfig:
+def as_begun(config: Config) -> Config:
     """The settings with those that the run in the folder has and its version could not say.
 
     Its average was warmed up; the presets that have its name may do otherwise today.
@@ -202,9 +205,14 @@ def _merged(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
 
 
 def has_checkpoints(workdir: str | pathlib.Path) -> bool:
-    """Whether a run saved anything there. Not asked of orbax, which waits for the other hosts."""
+    """Whether a run saved anything there."""
+    return bool(saved_steps(workdir))
+
+
+def saved_steps(workdir: str | pathlib.Path) -> list[int]:
+    """The steps saved there, ascending. Not asked of orbax, which waits for the other hosts."""
     folders = (local_path(workdir, "workdir") / "checkpoints").glob("*")
-    return any(folder.name.isdecimal() for folder in folders)
+    return sorted(int(folder.name) for folder in folders if folder.name.isdecimal())
 
 
 def checkpoints(workdir: str | pathlib.Path, keep: int = 3) -> Checkpointer:

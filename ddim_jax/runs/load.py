@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 
 from ddim_jax.checks import check_one_of
 from ddim_jax.hashing import content_hash
+from ddim_jax.numerics import Precision
 from ddim_jax.parallel import everywhere
 from ddim_jax.runs.draw import DrawInputs, ImageProgram, draw_images, image_program
 from ddim_jax.runs.folder import checkpoints, load_codec_params, load_spec, read_config
@@ -26,6 +27,9 @@ from ddim_jax.types import Denoiser, PRNGKey, is_traced
 Weights = Literal["ema", "raw"]
 
 DDIM = ddim()
+
+NO_FINGERPRINT = ("unconditional", "precision")
+"""Of a spec's description: what decides no number, and what stands there by another name."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,10 +113,10 @@ class Run:
         """
         codec = jax.device_get(self.params.codec)
         facts = {
-            **{k: v for k, v in self.spec.describe().items() if k != "unconditional"},
+            **{k: v for k, v in self.spec.describe().items() if k not in NO_FINGERPRINT},
             "weights": {"kind": self.weights, "step": self.step, "hash": self.weights_hash},
             "codec_hash": content_hash(codec)[:16] if jax.tree.leaves(codec) else None,
-            "matmul_precision": _matmul_precision(),
+            "matmul_precision": self.spec.precision or _matmul_precision(),
             "threefry_partitionable": bool(jax.config.jax_threefry_partitionable),  # pyright: ignore
             "device_kind": jax.devices()[0].device_kind,
         }
@@ -136,11 +140,16 @@ def load_trained(
     weights: Weights = "ema",
     step: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    precision: Precision | None = None,
+    clip_x0: bool = False,
 ) -> Run:
     """The run in a workdir with its averaged weights, or the raw ones; of the newest step if None.
 
-    `dtype` is the precision to compute in, if not the run's own; weights stay float32.
-    Raises ValueError where there is no such run, step or set of weights, or where it is damaged.
+    `dtype` is the precision to compute in, if not the run's own; weights stay float32. `precision`
+    is that of products of float32 matrices, and `clip_x0` clips every data prediction to [-1, 1]
+    (`RunSpec`); all three are in the fingerprint.
+    Raises ValueError where there is no such run, step or set of weights, or where it is damaged,
+    and for a `clip_x0` of a model of latents.
     """
     check_one_of("weights", weights, ("ema", "raw"))
     spec = load_spec(workdir)
@@ -150,6 +159,7 @@ def load_trained(
             f"weights must be {only!r} for {workdir}, which was converted from a file and holds "
             f"that set alone; got {weights!r}."
         )
+    spec = dataclasses.replace(spec, clip_x0=clip_x0, precision=precision or spec.precision)
     network, step = load_weights(workdir, spec, weights, step)
     if dtype is not None:
         check_one_of("dtype", dtype, ("float32", "bfloat16"))

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float
 
 from ddim_jax.checks import check_types, look_up
 from ddim_jax.codec import CODECS, PIXELS, Codec, Images
-from ddim_jax.denoisers import PARAMETRIZATIONS, NetworkFn, guided
+from ddim_jax.denoisers import PARAMETRIZATIONS, clip_x0, guided
+from ddim_jax.numerics import Precision, check_precision, matmul_precision
 from ddim_jax.objectives import OBJECTIVES
 from ddim_jax.schedule import (
     Spacing,
@@ -134,9 +135,20 @@ class RunSpec:
     """What stands between images and x0."""
     unconditional: bool = True
     """Whether a network with classes was taught "no class" too, which guidance starts from."""
+    precision: Precision | None = None
+    """How products of float32 matrices are computed; as `jax.default_matmul_precision` says if
+    None."""
+    clip_x0: bool = False
+    """Clip every data prediction to [-1, 1], as Ho et al. 2020 do and the paper does not."""
 
     def __post_init__(self) -> None:
         """Refuses what is no run."""
+        check_precision(self.precision)
+        if self.clip_x0 and not self.codec.is_identity:
+            raise ValueError(
+                "clip_x0 must be left out for a model of latents, whose x0 need not lie in [-1, 1];"
+                f" got one with the codec {type(self.codec).__name__}."
+            )
         look_up("predicts", self.predicts, PARAMETRIZATIONS)
         if self.schedule_config.zero_terminal_snr and self.predicts == "eps":
             raise ValueError(
@@ -184,13 +196,22 @@ class RunSpec:
                 "from no class to one."
             )
         self.check_guidance(guidance_scale)
+        denoiser = self._unclipped(params, label, guidance_scale)
+        # Last, as the codes that clip do: of a guided network what is cut is the mixture.
+        return clip_x0(denoiser, self.schedule) if self.clip_x0 else denoiser
+
+    def _unclipped(
+        self, params: RunParams, label: jax.Array | None, guidance_scale: float
+    ) -> Denoiser:
         wrap = PARAMETRIZATIONS[self.predicts].denoiser
 
         def given(*label: jax.Array) -> Denoiser:
-            variables = {"params": params.network}
-            network: NetworkFn = lambda x, t: cast(  # noqa: E731
-                jax.Array, self.model.apply(variables, x, t, *label)
-            )
+            def network(x: jax.Array, t: jax.Array) -> jax.Array:
+                with matmul_precision(self.precision):
+                    return cast(
+                        jax.Array, self.model.apply({"params": params.network}, x, t, *label)
+                    )
+
             return wrap(network, self.schedule)
 
         if label is None or self.num_classes is None:
@@ -206,11 +227,13 @@ class RunSpec:
 
     def encode(self, params: RunParams, images: Images) -> Data:
         """x0 (B, *latent_shape) of uint8 images."""
-        return self.codec.encode(params.codec, images)
+        with matmul_precision(self.precision):
+            return self.codec.encode(params.codec, images)
 
     def decode(self, params: RunParams, x0: Data) -> Float[Array, "B H W C"]:
         """Images in [-1, 1] of x0 (B, *latent_shape)."""
-        return self.codec.decode(params.codec, x0)
+        with matmul_precision(self.precision):
+            return self.codec.decode(params.codec, x0)
 
     def check_label(self, label: int) -> None:
         """Raise ValueError unless the network has this class; one without labels has only 0."""
@@ -251,6 +274,9 @@ class RunSpec:
             "image_shape": list(self.image_shape),
             "rounding": ROUNDING,
             **knows,
+            # Only where they are set, so that the fingerprints of older files stay.
+            **({"precision": self.precision} if self.precision else {}),
+            **({"clip_x0": True} if self.clip_x0 else {}),
         }
 
 
@@ -259,6 +285,7 @@ _KINDS = {
     **dict.fromkeys(("spacing", "predicts", "rounding", "codec.name", "objective.name"), str),
     "image_shape": tuple[int, int, int],
     "unconditional": bool,
+    "precision": str | None,
     "objective.label_dropout": float,
 }
 
@@ -282,6 +309,7 @@ def spec_from(config: Mapping[str, Any]) -> RunSpec:
         predicts=config.get("predicts", "eps"),
         codec=restored("codec", config.get("codec", {"name": "pixels"}), CODECS),
         unconditional=config.get("unconditional", _was_unconditional(config)),
+        precision=config.get("precision"),
     )
 
 

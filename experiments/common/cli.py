@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
@@ -20,20 +21,22 @@ def run(
     main: Callable[[Config], None],
     config_type: type[Config],
     presets: dict[str, tuple[str, Config]] | None = None,
+    prepare: Callable[[Config], Config] = with_local_paths,
 ) -> None:
     """Parse the command line into `config_type`, or a preset of it, and call `main` with it.
 
-    Every path has its `~` expanded. Wrong settings, a missing extra or file end with one line on
-    stderr and exit code 2, a run that diverged with exit code 1. DDIM_JAX_TRACEBACK=1 shows where
-    it came from.
+    Every path has its `~` expanded; a script whose settings need more gives its own `prepare`.
+    Wrong settings, a missing extra or file end with one line on stderr and exit code 2, a run that
+    diverged with exit code 1. DDIM_JAX_TRACEBACK=1 shows where it came from.
     """
     if presets is None:
         config = tyro.cli(config_type)
     else:
         config = tyro.extras.overridable_config_cli(presets)
     _keep_compiled_programs()
+    warnings.showwarning = _warn
     try:
-        main(with_local_paths(config))
+        main(prepare(config))
     except (ValueError, OverflowError, ImportError, OSError) as error:
         _stop(error, 2)
     except FloatingPointError as error:
@@ -47,8 +50,16 @@ def _keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache / "ddim_jax" / "programs"))
 
 
+def _warn(message: Warning | str, category: type[Warning], *place: object) -> None:
+    """A warning as users read it: a line, without the place in the code."""
+    kind = "warning" if category is UserWarning else category.__name__
+    print(f"{kind}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
 def _stop(error: Exception, code: int) -> NoReturn:
     if os.environ.get("DDIM_JAX_TRACEBACK"):
         raise error
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized() and not getattr(error, "on_all_hosts", False):
+        os._exit(code)  # a regular end would wait minutes for hosts that wait for this one
     raise SystemExit(code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import tyro
@@ -132,9 +132,38 @@ class Measure(NamedTuple):
         """How many images are behind the metric's numbers, and its settings."""
         return metric.describe(states[metric.state], self.statistics.reference(metric))
 
-    def warning(self, metric: Metric, states: dict[str, State]) -> str | None:
-        """A sentence that must be read with the metric's numbers, or None."""
-        return metric.warning(states[metric.state], self.statistics.reference(metric))
+    def warning(
+        self, metric: Metric, states: dict[str, State], lossy: bool | None = False
+    ) -> str | None:
+        """What must be read with the metric's numbers, or None.
+
+        `lossy`: whether the samples were JPEG files or the like, which drawn ones never were; None
+        if nobody knows.
+        """
+        warnings = [metric.warning(states[metric.state], self.statistics.reference(metric))]
+        if metric.needs_reference:
+            warnings.append(compression_warning(self.statistics.data, lossy))
+        return " ".join(filter(None, warnings)) or None
+
+
+def compression_warning(recipe: Mapping[str, Any], lossy: bool | None) -> str | None:
+    """A sentence where the images of one side alone were compressed with loss, as far as is known.
+
+    A public report has 5.80 for what was 2.50: feature networks see what JPEG does.
+    """
+    of_real = recipe.get("lossy_files")
+    if lossy is None or of_real is None or lossy == (of_real > 0):
+        return None
+    if lossy:
+        return (
+            "The samples were JPEG files or the like and the statistics' images were not: the "
+            "distance counts the compression. Write samples as PNG."
+        )
+    return (
+        f"The statistics are of images of which {of_real} were JPEG files or the like, at about "
+        "their size, and the samples were not: the distance counts the compression. Where there "
+        "are lossless originals, make the statistics of those."
+    )
 
 
 def number_shown(metric: Metric, number: Number, network: str) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 import tyro
 
 from ddim_jax.checks import NUM_SEEDS
+from ddim_jax.data.load import CropName
+from ddim_jax.numerics import Precision
 from ddim_jax.paths import DataName, Folder
 from ddim_jax.runs import Run, Weights, load_trained
 from ddim_jax.runs.options import option
@@ -30,10 +32,26 @@ class ModelOptions:
     """Which checkpoint; the newest if not given."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision to compute in; the model's own if not given."""
+    precision: Precision | None = None
+    """How products of float32 matrices are computed: default is the device's quickest way (TF32 on
+    newer GPUs, bfloat16 on TPUs), highest is float32; the model's own if not given."""
+    clip_x0: bool = False
+    """Clip every data prediction to [-1, 1], as DDPM's code does and DDIM's does not: with
+    --sampler ddpm or ddpm_fixed_large that is DDPM's own protocol. Not for encoding."""
 
     def load(self) -> Run:
         """The model."""
-        return load_trained(self.workdir, self.weights, self.step, self.dtype)
+        return load_trained(
+            self.workdir, self.weights, self.step, self.dtype, self.precision, self.clip_x0
+        )
+
+    def check_encodes(self) -> None:
+        """Raise ValueError for a network that clips: what it cut cannot be found again."""
+        if self.clip_x0:
+            raise ValueError(
+                "clip_x0 must be left out where images are encoded, since clipping cannot be "
+                "inverted; got True."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +99,9 @@ class DataOptions:
     """Where TFDS sets stand; its own default if not given."""
     image_size: int | None = option(None, at_least=1)
     """Resize and crop images to this side; without it all must have one size."""
+    crop: CropName | None = None
+    """celeba cuts the paper's 128x128 out of aligned CelebA images, 178x218, and makes it 64x64
+    unless image_size is given; TFDS's celeb_a always has it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,3 +115,5 @@ class RealImageOptions:
     """Which part of the data; if not given one held out from training, where there is one."""
     data_dir: Folder | None = None
     """Where TFDS sets stand."""
+    crop: CropName | None = None
+    """celeba cuts the paper's 128x128 out of aligned CelebA images, 178x218."""

@@ -80,6 +80,7 @@ def _open(workdir: str, options: RealImageOptions, size_of_others: int | None = 
             split=split,
             data_dir=data_dir,
             image_size=config.get("image_size") if own else size_of_others,
+            crop=options.crop or (config.get("crop") if own else None),
             in_memory=False,
         )
     except ValueError as error:

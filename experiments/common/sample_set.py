@@ -116,6 +116,7 @@ class SampleSet:
             sampler if c["eta"] is None else f"eta {exact(c['eta'])}",
             f"class {c['label']}" if c.get("label") is not None else "",
             f"guidance {exact(c['guidance_scale'])}" if c["guidance_scale"] != 1 else "",
+            "x0 clipped" if c["fingerprint"].get("clip_x0") else "",
             f"{of['kind']} weights of step {of['step']}",
             f"run {c['fingerprint_id']}",
         ]
@@ -270,6 +271,7 @@ def open_images(name: str, options: DataOptions) -> tuple[ImageSource, str]:
         split=options.split,
         data_dir=options.data_dir,
         image_size=options.image_size,
+        crop=options.crop,
         in_memory=False,
     )
     count = len(source)

@@ -41,7 +41,10 @@ def comparable(wanted: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Today's settings with as much of a fingerprint as an old sweep has."""
     fingerprint = wanted["fingerprint"]
     weights = fingerprint["weights"] | {"hash": weights_hash(run.params.network)}
-    return {**wanted, "fingerprint": {"rounding": fingerprint["rounding"], "weights": weights}}
+    old = {"rounding": fingerprint["rounding"], "weights": weights}
+    if run.spec.clip_x0:  # which no old sweep did
+        old["clip_x0"] = True
+    return {**wanted, "fingerprint": old}
 
 
 def weights_hash(params: Any) -> str:
