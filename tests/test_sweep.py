@@ -1,5 +1,6 @@
 """Statistics, classifier and sweep, run as their users run them on a tiny network."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -28,6 +29,7 @@ import make_statistics
 import sample
 import train_classifier
 import tyro
+from common import sweep_measure
 from common.sweep_draw import Drawer, image_programs
 from common.sweep_store import Cell, read_results
 from common.sweep_table import rows_of
@@ -221,7 +223,7 @@ def test_a_cell_killed_before_its_line_is_written_is_not_drawn_again(
 ):
     mine = dataclasses.replace(finished, out=str(tmp_path), save_every=1)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(fid_sweep, "append_result", interrupted)
+        patched.setattr(sweep_measure, "append_result", interrupted)
         fid_sweep.main(mine)
     assert progress(tmp_path) == (0, 21)
     fid_sweep.main(mine)
@@ -283,11 +285,10 @@ def test_a_killed_sweep_continues_to_the_same_bits(config, tmp_path):
 def progress(out: pathlib.Path) -> tuple[int, int]:
     """Finished cells, and images of the cell under way."""
     cells = len(read_results(out))
-    try:
-        with np.load(out / "partial.npz") as file:
+    for name in ("partial.npz", "drawn.npz"):
+        with contextlib.suppress(FileNotFoundError), np.load(out / name) as file:
             return cells, int(file["count"])
-    except FileNotFoundError:
-        return cells, 0
+    return cells, 0
 
 
 def test_a_sweep_goes_on_whatever_the_measured_data_are_called(finished, tmp_path):
@@ -782,6 +783,7 @@ def test_only_images_that_are_shown_leave_the_device(
     draw, came = Drawer.draw, {}
 
     def heard(self, cell, batches, *is_shown):
+        batches = list(batches)
         for indices, batch in zip(batches, draw(self, cell, batches, *is_shown), strict=True):
             if batch.images is not None:
                 assert isinstance(batch.images, np.ndarray)

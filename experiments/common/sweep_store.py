@@ -1,4 +1,5 @@
-"""A sweep's folder: sweep.json, results.jsonl, and partial.npz with the cell under way.
+"""A sweep's folder: sweep.json, results.jsonl, partial.npz with the cell under way, and drawn.npz
+with the one before it, as long as its numbers are being computed.
 
 sweep.json has what all cells share and what decides their numbers, the run's fingerprint among it.
 Every line of results.jsonl is a finished cell with its whole protocol. Both say "format": 3. Files
@@ -30,6 +31,7 @@ from ddim_jax.solvers import SAMPLERS
 
 FORMAT = 3
 _READ = (2, FORMAT)
+PARTIAL, DRAWN = "partial.npz", "drawn.npz"
 _TIMES = 2  # since when one step starts at noise, and T steps are all
 
 States = dict[str, dict[str, State]]
@@ -115,7 +117,7 @@ def find_settings(
     """
     path = out / "sweep.json"
     if not path.exists():
-        if left := [name for name in ("results.jsonl", "partial.npz") if (out / name).exists()]:
+        if left := [name for name in ("results.jsonl", PARTIAL, DRAWN) if (out / name).exists()]:
             raise ValueError(
                 f"out {out} holds {' and '.join(left)} of a sweep whose sweep.json is gone, so "
                 "nobody knows of which. Restore it, or give another folder."
@@ -272,7 +274,7 @@ def append_result(
     path = out / "results.jsonl"
     before = path.read_bytes() if path.exists() else b""
     write_whole(path, before + (json.dumps(line) + "\n").encode())
-    (out / "partial.npz").unlink(missing_ok=True)
+    (out / DRAWN).unlink(missing_ok=True)
     return line
 
 
@@ -312,7 +314,7 @@ def _version(package: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# partial.npz
+# partial.npz and drawn.npz
 
 
 def save_progress(out: pathlib.Path, name: str, progress: Progress) -> None:
@@ -331,20 +333,34 @@ def save_progress(out: pathlib.Path, name: str, progress: Progress) -> None:
         seconds=progress.seconds,
         **arrays,
     )
-    write_whole(out / "partial.npz", file.getvalue())
+    write_whole(out / PARTIAL, file.getvalue())
+
+
+def keep_drawn(out: pathlib.Path, name: str) -> None:
+    """The cell under way is drawn: the next one may be, while its numbers are computed."""
+    if not (out / PARTIAL).exists():
+        return
+    with np.load(out / PARTIAL) as file:  # or it is kept already, and this is of the next
+        is_whole = str(file["cell"]) == name
+    if is_whole:
+        (out / PARTIAL).replace(out / DRAWN)
 
 
 def load_progress(out: pathlib.Path, name: str, measures: Sequence[Measure]) -> Progress:
     """What was kept of the cell of that name; else nothing measured yet."""
-    path = out / "partial.npz"
+    found = (_read_progress(out / file, name, measures) for file in (DRAWN, PARTIAL))
     nothing = Progress(0, 0.0, {measure.name: measure.init() for measure in measures})
+    return next((progress for progress in found if progress is not None), nothing)
+
+
+def _read_progress(path: pathlib.Path, name: str, measures: Sequence[Measure]) -> Progress | None:
     if not path.exists():
-        return nothing
+        return None
     way_out = "Delete it to draw this cell again."
     arrays = read_npz(path, "a cell under way", way_out=way_out)
     try:
         if str(arrays["cell"]) != name:
-            return nothing
+            return None
         if "format" not in arrays:
             arrays = sweep_format_1.progress(arrays, [measure.name for measure in measures])
         _check_format(path, {"format": int(arrays["format"])})
