@@ -24,7 +24,6 @@ import numpy as np
 import train
 import train_classifier
 from common import cli, pictures
-from common.measures import CLASSIFIER_FILE
 from common.sweep_store import read_results
 from common.sweep_table import markdown_section, protocol, row_of, rows_of, scores
 from presets import PRESETS
@@ -34,7 +33,7 @@ from ddim_jax.data.load import load_images
 from ddim_jax.data.pixels import to_model_range
 from ddim_jax.data.stream import sequential_batches
 from ddim_jax.keys import initial_noise, seed_key
-from ddim_jax.metrics.features import FeatureName
+from ddim_jax.metrics.features import CLASSIFIER_FILE, FeatureName
 from ddim_jax.metrics.frechet import frechet_distance_from_features
 from ddim_jax.paths import Folder
 from ddim_jax.runs import (

@@ -10,6 +10,7 @@ python experiments/train.py digits --workdir runs/more --init-from runs/digits
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -40,6 +41,13 @@ class _Bar(Watcher):
         loss, rate = line["loss"], line["images_per_second"]
         self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
 
+    def measured(self, step: int, numbers: Mapping[str, int | float | None]) -> None:
+        if jax.process_index() == 0:
+            said = (
+                f"{name} {number:.5g}" for name, number in numbers.items() if number is not None
+            )
+            tqdm.tqdm.write(f"step {step}: {', '.join(said)}")
+
     def close(self) -> None:
         self._bar.close()
 
@@ -67,6 +75,13 @@ class _Board(Watcher):
         if self._board is not None:
             pictures.save_grid(self._workdir / "samples" / f"step_{step:07d}.png", images)
             self._board.add_image("samples", pictures.tile(images, 8), step, dataformats="HWC")
+
+    def measured(self, step: int, numbers: Mapping[str, int | float | None]) -> None:
+        if self._board is not None:
+            for name, number in numbers.items():
+                if number is not None and not name.startswith("num_"):
+                    self._board.add_scalar(name, number, step)
+            self._board.flush()
 
     def close(self) -> None:
         if self._board is not None:

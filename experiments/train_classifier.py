@@ -21,7 +21,6 @@ import numpy as np
 import optax
 import tyro
 from common import cli
-from common.measures import CLASSIFIER_FILE
 
 from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.data.load import CropName, load_images
@@ -35,6 +34,7 @@ from ddim_jax.metrics.classifier import (
     init_classifier,
     save_classifier,
 )
+from ddim_jax.metrics.features import CLASSIFIER_FILE
 from ddim_jax.paths import DataName, Folder
 from ddim_jax.runs.options import check_limits, option
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -77,6 +78,17 @@ def splits_of(name: str, data_dir: str | os.PathLike[str] | None = None) -> tupl
     from ddim_jax.data.tfds import tfds_splits
 
     return tfds_splits(name, data_dir)
+
+
+HELD_OUT = ("test", "validation")
+
+
+def held_out_split(splits: Sequence[str], trained_on: str = "") -> str | None:
+    """The split that is by its name held out, of those of a set; None where training saw each."""
+    if trained_on == "all":
+        return None
+    # A sum or a slice of splits names them: train+test[:10].
+    return next((name for name in HELD_OUT if name in splits and name not in trained_on), None)
 
 
 def _kind(name: str) -> Literal["digits", "npz", "npy", "folder", "lmdb", "tfds"]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -110,6 +111,25 @@ def feature_network(name: FeatureName, weights: Weights = None) -> FeatureNetwor
     units, [-1, 1].
     """
     return look_up("name", name, FEATURE_NETWORKS)(weights)
+
+
+CLASSIFIER_FILE = "classifier.safetensors"
+"""Where statistics of classifier features look for their network, unless told: beside them."""
+
+
+def network_of(
+    name: FeatureName, weights: Weights, stats_path: str | os.PathLike[str]
+) -> FeatureNetwork:
+    """The feature network; a classifier given no weights is the one beside the statistics.
+
+    Raises ValueError for a file of weights that is not there.
+    """
+    if name == "classifier" and weights is None:
+        weights = pathlib.Path(stats_path).parent / CLASSIFIER_FILE
+    try:
+        return feature_network(name, weights)
+    except FileNotFoundError as error:  # a wrong path is a wrong setting
+        raise ValueError(str(error)) from error
 
 
 def feature_batches(

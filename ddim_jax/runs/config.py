@@ -10,7 +10,7 @@ from ddim_jax.codec import CODECS, PIXELS, Codec
 from ddim_jax.data.load import CropName
 from ddim_jax.numerics import Precision, check_precision
 from ddim_jax.objectives import DENOISING, OBJECTIVES, Objective
-from ddim_jax.paths import DataName, Folder
+from ddim_jax.paths import DataName, File, Folder
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.runs.spec import (
     CIFAR10_MODEL,
@@ -88,6 +88,18 @@ class TrainConfig:
     """Updates between two lines of metrics.jsonl."""
     sample_every: int = option(10_000, at_least=0, may_change=True)
     """Updates between two grids of samples; 0 for none."""
+    fid_every: int = option(0, at_least=0, may_change=True)
+    """Updates between two measurements of the averaged weights: the distance of fid_samples samples
+    to fid_stats, and the loss on images held out; 0 for none."""
+    fid_stats: File | None = option(None, may_change=True)
+    """What make_statistics.py wrote of the data; without it the held-out loss alone is measured."""
+    fid_samples: int = option(1000, at_least=2, may_change=True)
+    """Samples behind each distance, and the most images held out."""
+    fid_sample_steps: int = option(50, at_least=1, may_change=True)
+    """S of those samples, by DDIM."""
+    held_out_split: str | None = option(None, may_change=True)
+    """The split for the held-out loss; if not given test or validation, where it is not trained
+    on."""
     checkpoint_every: int = option(5_000, at_least=1, may_change=True)
     """Updates between two checkpoints."""
     keep_checkpoints: int = option(3, at_least=1, may_change=True)

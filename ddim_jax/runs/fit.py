@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ from ddim_jax.runs.folder import (
 from ddim_jax.runs.hosts import agree_on_run, agree_on_state, agree_on_workdir, join
 from ddim_jax.runs.init_from import check_init_from, weights_from
 from ddim_jax.runs.log import Log, Watcher
+from ddim_jax.runs.measure import Measure, open_measure
 from ddim_jax.runs.spec import ROUNDING, RunParams, RunSpec
 from ddim_jax.train import TrainState, adam_with_warmup, init_train_state
 
@@ -57,6 +59,8 @@ class _Job(NamedTuple):
     init: Callable[[jax.Array, Any], TrainState]
     """Traced, (key, given weights or None): the state before the first step."""
     resumed: bool
+    measure: Measure | None
+    """What `fid_every` asks for."""
 
 
 def fit(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> None:
@@ -160,6 +164,7 @@ def _job(config: TrainConfig) -> _Job:
         frozen=jax.device_get(Frozen(codec, config.objective.frozen())),
         init=_initial_state(spec, setup, config, tx),
         resumed=resumed,
+        measure=open_measure(config, spec, source),
     )
 
 
@@ -255,11 +260,16 @@ def _train(
             draws = preview is not None and (done or step % config.sample_every == 0)
             # Lines and images come before the checkpoint: a run that is killed in between does
             # them again, and one that goes on after it would not.
-            if saves or draws:
+            measures = job.measure and (done or step % config.fid_every == 0)
+            if saves or draws or measures:
                 log.write(*before)  # a spoilt state is never saved
                 before = None
             if draws and preview is not None:
                 log.images(step, preview(parallel.unreplicate(replicas.ema_params)))
+            if measures and job.measure is not None:
+                averaged = parallel.unreplicate(replicas.ema_params)
+                weights = RunParams(averaged, job.frozen.codec)
+                log.measured(step, functools.partial(job.measure, weights))
             if saves:
                 log.keep_window(step, config.keep_checkpoints)
                 checkpointer.save(step, parallel.unreplicate(replicas))

@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -36,6 +36,9 @@ class Watcher:
 
     def images(self, step: int, images: np.ndarray) -> None:
         """Samples of the averaged weights, uint8 (N, H, W, C)."""
+
+    def measured(self, step: int, numbers: Mapping[str, int | float | None]) -> None:
+        """What `fid_every` measured after a step: another line of metrics.jsonl."""
 
     def close(self) -> None:
         """Training ended, well or not."""
@@ -108,6 +111,23 @@ class Log:
             self._lines.write(json.dumps(line) + "\n")
         for watcher in self._watchers:
             watcher.line(line)
+
+    def measured(self, step: int, measure: Callable[[], Mapping[str, int | float | None]]) -> None:
+        """Measure after a step, and write a line of it; its time is none of training's."""
+        started = time.monotonic()
+        numbers = measure()
+        self._time += time.monotonic() - started
+        for name in (name for name, number in numbers.items() if number is None):
+            print(
+                f"warning: {name} of step {step} is unknown: samples are not finite, so the "
+                "averaged weights diverge when sampled, though the loss is finite.",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self._lines is not None:
+            self._lines.write(json.dumps({"step": step, **numbers}) + "\n")
+        for watcher in self._watchers:
+            watcher.measured(step, numbers)
 
     def keep_window(self, step: int, num_checkpoints: int) -> None:
         """Write down the losses since the last line, for who goes on from the checkpoint of `step`.

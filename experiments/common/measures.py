@@ -11,7 +11,7 @@ import tyro
 
 from ddim_jax.data.source import ImageSource
 from ddim_jax.data.stream import sequential_batches
-from ddim_jax.metrics.features import FeatureName, FeatureNetwork, feature_network
+from ddim_jax.metrics.features import FeatureName, FeatureNetwork, network_of
 from ddim_jax.metrics.kept import NUM_KEPT, fair_indices
 from ddim_jax.metrics.metric import (
     Metric,
@@ -27,9 +27,6 @@ from ddim_jax.metrics.table import METRICS, named_metrics
 from ddim_jax.parallel import everywhere, map_batches, over_devices
 from ddim_jax.paths import File
 from ddim_jax.runs.options import option
-
-CLASSIFIER_FILE = "classifier.safetensors"
-"""What train_classifier.py writes, and where statistics of classifier features look for it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,12 +179,7 @@ def open_network(
     name: FeatureName, weights: str | None, stats_path: str | pathlib.Path
 ) -> FeatureNetwork:
     """The feature network; a classifier given no weights is the one beside the statistics."""
-    if name == "classifier" and weights is None:
-        weights = str(pathlib.Path(stats_path).parent / CLASSIFIER_FILE)
-    try:
-        network = feature_network(name, weights)
-    except FileNotFoundError as error:  # a wrong path is a wrong setting
-        raise ValueError(str(error)) from error
+    network = network_of(name, weights, stats_path)
     return dataclasses.replace(network, params=everywhere(network.params))
 
 

@@ -13,12 +13,10 @@ from jaxtyping import Int, UInt8
 from common.options import RealImageOptions
 from ddim_jax.data.content import content_of
 from ddim_jax.data.images import opened, pixels_of
-from ddim_jax.data.load import load_images, splits_of
+from ddim_jax.data.load import held_out_split, load_images, splits_of
 from ddim_jax.data.source import ImageSource
 from ddim_jax.runs import RunSpec, read_config
 from ddim_jax.runs.folder import DATA_CONTENT, same_place
-
-HELD_OUT = ("test", "validation")
 
 
 class Real(NamedTuple):
@@ -96,10 +94,8 @@ def _open(workdir: str, options: RealImageOptions, size_of_others: int | None = 
 
 
 def _default_split(splits: Sequence[str], trained_on: str, own: bool) -> str:
-    held_out = [name for name in HELD_OUT if name in splits]
-    if own:  # a sum or a slice of splits names them: train+test[:10]
-        held_out = [name for name in held_out if name not in trained_on and trained_on != "all"]
-    return held_out[0] if held_out else (trained_on if own else "train")
+    held_out = held_out_split(splits, trained_on if own else "")
+    return held_out or (trained_on if own else "train")
 
 
 def _was_seen(source: ImageSource, split: str, own: bool, config: Mapping[str, Any]) -> bool:
