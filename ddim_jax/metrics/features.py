@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float, UInt8
 from ddim_jax.checks import look_up
 from ddim_jax.data.pixels import to_model_range
 from ddim_jax.hashing import content_hash
+from ddim_jax.paths import local_path
 
 FeatureName: TypeAlias = str
 """A name in FEATURE_NETWORKS."""
@@ -125,7 +125,7 @@ def network_of(
     Raises ValueError for a file of weights that is not there.
     """
     if name == "classifier" and weights is None:
-        weights = pathlib.Path(stats_path).parent / CLASSIFIER_FILE
+        weights = local_path(stats_path).parent / CLASSIFIER_FILE
     try:
         return feature_network(name, weights)
     except FileNotFoundError as error:  # a wrong path is a wrong setting
