@@ -274,7 +274,8 @@ def append_result(
     path = out / "results.jsonl"
     before = path.read_bytes() if path.exists() else b""
     write_whole(path, before + (json.dumps(line) + "\n").encode())
-    (out / DRAWN).unlink(missing_ok=True)
+    if _is_of(out / DRAWN, line["name"]):
+        (out / DRAWN).unlink()
     return line
 
 
@@ -338,12 +339,16 @@ def save_progress(out: pathlib.Path, name: str, progress: Progress) -> None:
 
 def keep_drawn(out: pathlib.Path, name: str) -> None:
     """The cell under way is drawn: the next one may be, while its numbers are computed."""
-    if not (out / PARTIAL).exists():
-        return
-    with np.load(out / PARTIAL) as file:  # or it is kept already, and this is of the next
-        is_whole = str(file["cell"]) == name
-    if is_whole:
+    if _is_of(out / PARTIAL, name):  # or it is kept already, and this is of the next
         (out / PARTIAL).replace(out / DRAWN)
+
+
+def _is_of(path: pathlib.Path, name: str) -> bool:
+    """Whether the file keeps the cell of that name."""
+    if not path.exists():
+        return False
+    with np.load(path) as file:
+        return str(file["cell"]) == name
 
 
 def load_progress(out: pathlib.Path, name: str, measures: Sequence[Measure]) -> Progress:
@@ -357,7 +362,12 @@ def _read_progress(path: pathlib.Path, name: str, measures: Sequence[Measure]) -
     if not path.exists():
         return None
     way_out = "Delete it to draw this cell again."
-    arrays = read_npz(path, "a cell under way", way_out=way_out)
+    try:
+        arrays = read_npz(path, "a cell under way", way_out=way_out)
+    except ValueError:
+        if path.exists():
+            raise
+        return None  # just now its numbers were done
     try:
         if str(arrays["cell"]) != name:
             return None

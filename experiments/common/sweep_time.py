@@ -107,6 +107,7 @@ def _number_seconds(measure: Measure, features: Mapping[str, Any], num_samples: 
         for name, x in features.items()
     }
     states = measure.update(states, many, np.arange(size))
+    measure.prepare()
     started = time.monotonic()
     measure.values(states)
     return time.monotonic() - started
