@@ -6,7 +6,7 @@ import collections
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import flax.jax_utils
 import jax
@@ -85,7 +85,22 @@ def shard(batch: Any) -> Any:
     )
 
 
-def over_devices(fn: Callable[..., Any]) -> Callable[..., Any]:
+class DeviceProgram(NamedTuple):
+    """What `over_devices` makes."""
+
+    jitted: Any
+    split: NamedSharding
+
+    def __call__(self, params: Any, *arrays: Any) -> Any:
+        """Its results for these arrays."""
+        return self.jitted(everywhere(params), *jax.device_put(arrays, self.split))
+
+    def compile(self, params: Any, *arrays: Any) -> None:
+        """Compile it for arrays of these shapes, and run nothing: a call finds it compiled."""
+        self.jitted.lower(everywhere(params), *jax.device_put(arrays, self.split)).compile()
+
+
+def over_devices(fn: Callable[..., Any]) -> DeviceProgram:
     """jit of fn(params, *arrays) with the arrays' leading axis split over this host's devices.
 
     For sampling and features. Each call's leading axis must be divisible by the number of local
@@ -93,12 +108,7 @@ def over_devices(fn: Callable[..., Any]) -> Callable[..., Any]:
     are not copied again.
     """
     split = _over_this_host(PartitionSpec(AXIS))
-    jitted = jax.jit(fn, out_shardings=split)
-
-    def call(params, *arrays):
-        return jitted(everywhere(params), *jax.device_put(arrays, split))
-
-    return call
+    return DeviceProgram(jax.jit(fn, out_shardings=split), split)
 
 
 def everywhere(tree: Any) -> Any:

@@ -10,6 +10,7 @@ from ddim_jax.metrics.frechet import frechet_distance_from_features
 from ddim_jax.metrics.kid import kid
 from ddim_jax.metrics.precision_recall import precision_recall
 from ddim_jax.metrics.statistics import (
+    FeatureStatistics,
     compute_statistics,
     gather,
     gather_moments,
@@ -232,3 +233,20 @@ def test_statistics_go_with_their_network_only(statistics, pixels, classifier_fi
     of_classifier.check_network(classifier, SHAPE)
     with pytest.raises(ValueError, match="got 000000000000"):
         of_classifier.check_network(retrained, SHAPE)
+
+
+def test_a_reference_is_factorised_once_for_all_that_is_compared_with_it(monkeypatch):
+    """By hand: between N(0, diag(a)) and N(m, diag(b)) it is m^2 + sum (sqrt a - sqrt b)^2."""
+    from ddim_jax.metrics import frechet
+
+    of = FeatureStatistics(np.array([3.0, 0]), np.diag([4.0, 0]), "pixels")
+    roots, root = [], frechet._root
+    monkeypatch.setattr(frechet, "_root", lambda cov: roots.append(cov) or root(cov))
+    (metric,) = named_metrics(["frechet"])
+    for scale in (1.0, 2.0, 5.0):
+        x = np.sqrt(1.5) * scale * np.array([[1.0, 1], [1, -1], [-1, 1], [-1, -1]]) / np.sqrt(2)
+        moments = frechet.update_moments(frechet.init_moments(2), x)  # covariance scale^2 I
+        want = 9 + (scale - 2) ** 2 + scale**2
+        assert of.compute(metric, {"moments": moments})["fd_pixels"] == pytest.approx(want)
+        assert of.distance(moments) == pytest.approx(want)
+    assert len(roots) == 1

@@ -1,5 +1,6 @@
 """Statistics, classifier and sweep, run as their users run them on a tiny network."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -28,6 +29,7 @@ import make_statistics
 import sample
 import train_classifier
 import tyro
+from common import sweep_measure
 from common.sweep_draw import Drawer, image_programs
 from common.sweep_store import Cell, read_results
 from common.sweep_table import rows_of
@@ -191,9 +193,10 @@ def test_a_line_carries_its_protocol(finished, stats):
     assert (line["S"], line["num_samples"], line["spacing"]) == (3, 21, "uniform")
     assert line["rounding"] == "nearest" and line["device"] and line["versions"]["jax"]
     run = load_trained(finished.workdir)
-    assert line["format"] == line["times"] == 2 and line["fingerprint_id"] == run.fingerprint_id
+    assert (line["format"], line["times"]) == (3, 2)
+    assert line["fingerprint_id"] == run.fingerprint_id
     settings = json.loads((pathlib.Path(finished.out) / "sweep.json").read_text())
-    assert settings["format"] == 2 and settings["fingerprint"] == run.fingerprint
+    assert settings["format"] == 3 and settings["fingerprint"] == run.fingerprint
 
 
 def test_the_batch_size_does_not_matter(finished, tmp_path):
@@ -220,7 +223,7 @@ def test_a_cell_killed_before_its_line_is_written_is_not_drawn_again(
 ):
     mine = dataclasses.replace(finished, out=str(tmp_path), save_every=1)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(fid_sweep, "append_result", interrupted)
+        patched.setattr(sweep_measure, "append_result", interrupted)
         fid_sweep.main(mine)
     assert progress(tmp_path) == (0, 21)
     fid_sweep.main(mine)
@@ -282,11 +285,10 @@ def test_a_killed_sweep_continues_to_the_same_bits(config, tmp_path):
 def progress(out: pathlib.Path) -> tuple[int, int]:
     """Finished cells, and images of the cell under way."""
     cells = len(read_results(out))
-    try:
-        with np.load(out / "partial.npz") as file:
+    for name in ("partial.npz", "drawn.npz"):
+        with contextlib.suppress(FileNotFoundError), np.load(out / name) as file:
             return cells, int(file["count"])
-    except FileNotFoundError:
-        return cells, 0
+    return cells, 0
 
 
 def test_a_sweep_goes_on_whatever_the_measured_data_are_called(finished, tmp_path):
@@ -314,7 +316,6 @@ def test_a_sweep_of_other_settings_is_refused_and_left_alone(finished):
     before = (pathlib.Path(finished.out) / "sweep.json").read_text()
     for change, message in (
         ({"num_samples": 22}, "num_samples is 21 there and 22 now"),
-        ({"seed": 1}, "seed is 0 there and 1 now"),
         ({"batch_size": 4}, "batch_size is 12 there and 4 now"),
         ({"weights": "raw"}, "weights.kind is .*ema.* there and .*raw.* now"),
     ):
@@ -342,6 +343,9 @@ def test_a_sweep_of_other_settings_is_refused_and_left_alone(finished):
         ({"samplers": ("sigma_hat",)}, "etas and samplers must be one or more different values"),
         ({"spacing": "uniform", "spacings": ("uniform",)}, "must not both be given"),
         ({"guidance_scales": (1.0, 3.0)}, "guidance_scale must be left out"),
+        ({"seed": 1, "seeds": (0, 1)}, "seed and seeds must not both be given"),
+        ({"seeds": (1, 1)}, "seeds must be one or more different values"),
+        ({"seeds": (-1,)}, r"seeds must be in \[0, 4294967295\]; got -1"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(config, change, message, tmp_path):
@@ -462,6 +466,26 @@ def test_spacings_are_rows_that_a_later_call_may_add(finished, tmp_path):
     assert (new["spacing"], new["name"]) == ("trailing", "S0003_eta_0_trailing")
     assert new["values"] != before[0]["values"]
     assert "| DDIM, eta = 0, trailing |" in (out / "report.md").read_text()
+
+
+def test_seeds_are_cells_that_a_later_call_may_add_to_a_sweep_of_format_2(finished, tmp_path):
+    """Each with the number of the sweep of that seed alone; the table has their mean and spread."""
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    for name in ("sweep.json", "results.jsonl"):
+        path = out / name
+        path.write_text(path.read_text().replace('"format": 3', '"format": 2'))
+    fid_sweep.main(dataclasses.replace(finished, out=str(out), etas=(0.0,), seeds=(0, 7)))
+    alone = dataclasses.replace(finished, out=str(tmp_path / "alone"), etas=(0.0,), seed=7)
+    fid_sweep.main(alone)
+    (want,), (new,) = lines(alone.out), lines(out)[2:]
+    assert (want["seed"], want["name"]) == (7, "S0003_eta_0")
+    assert new == want | {"name": "S0003_eta_0_seed_7"}
+    assert (out / "samples" / "S0003_eta_0_seed_7.png").exists()
+    values = [line["values"]["fd_pixels"] for line in (lines(out)[0], new)]
+    entry = f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}"
+    report = (out / "report.md").read_text()
+    assert f"| DDIM, eta = 0 | {entry} |" in report and "seed 0 alone |" in report
+    assert "Mean over the seeds 0, 7; after ±: their standard deviation" in report
 
 
 def draw(config, out, **options) -> None:
@@ -707,7 +731,7 @@ def test_an_old_sweep_of_other_settings_is_refused(old_sweep):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("sweep.json", '{"format": 3}', "must be of format 2 or of none.*got 3"),
+        ("sweep.json", '{"format": 4}', "must be of format 2 or 3, or of none.*got 4"),
         ("sweep.json", "{}", "does not describe a sweep"),
         ("results.jsonl", '{"S": 3', "delete the bad line"),
         ("results.jsonl", "{}", "delete the bad line"),
@@ -759,6 +783,7 @@ def test_only_images_that_are_shown_leave_the_device(
     draw, came = Drawer.draw, {}
 
     def heard(self, cell, batches, *is_shown):
+        batches = list(batches)
         for indices, batch in zip(batches, draw(self, cell, batches, *is_shown), strict=True):
             if batch.images is not None:
                 assert isinstance(batch.images, np.ndarray)

@@ -58,7 +58,7 @@ PRECISION = KID | {
     "description": "21 images against 1797, k = 3",
 }
 LINE = {
-    "format": 2,
+    "format": 3,
     "times": 2,
     "S": 10,
     "sampler": "ddim",
@@ -84,7 +84,7 @@ LINE = {
 
 
 def line(cell: Cell, values: dict[str, float], **more) -> dict:
-    keys = ("S", "sampler", "eta", "guidance_scale", "spacing")
+    keys = ("S", "sampler", "eta", "guidance_scale", "spacing", "seed")
     calls = cell.network_calls()
     return LINE | dict(zip(keys, cell, strict=True)) | {
         "values": values,
@@ -223,6 +223,21 @@ def test_the_report_is_written_again_from_its_folder_alone(wide, tmp_path, capsy
         assert (tmp_path / "copy" / name).read_text() == (wide / name).read_text()
     with pytest.raises(ValueError, match=r"no results\.jsonl"):
         sweep_report.main(sweep_report.ReportConfig(out=str(tmp_path)))
+
+
+def test_seeds_are_pooled_to_mean_and_spread(tmp_path):
+    """By hand: 1, 2 and 6 have mean 3 and standard deviation 2.646; the best is by the mean."""
+    cells = [Cell(10, "ddim", 0.0, 1.0, "uniform", seed) for seed in (0, 1, 2)]
+    one = Cell(20, "ddim", 0.0, 1.0, "uniform")
+    ddpm = [cell._replace(eta=1.0) for cell in cells]
+    made = list(zip([*cells, one, *ddpm], (1, 2, 6, 0.5, 3, 3.5, 4), strict=True))
+    out = written(tmp_path, [line(cell, {"fd_pixels": float(x)}) for cell, x in made], "cifar10")
+    text = (out / "report.md").read_text()
+    assert "| DDIM, eta = 0 | 3 ± 2.6 (13.36) | 0.5 (6.84), seed 0 alone |" in text
+    assert "| DDPM, eta = 1 | 3.5 ± 0.5 (41.07) | – |" in text
+    assert "Mean over the seeds 0, 1, 2; after ±: their standard deviation." in text
+    assert "seeds 0, 1, 2, pixels rounded" in text
+    assert '<td class="best">3 ± 2.6' in (out / "report.html").read_text()
 
 
 class Page(html.parser.HTMLParser):

@@ -38,6 +38,10 @@ class Number(NamedTuple):
     std_of: str | None = None  # the number whose standard deviation this is; no score of its own
 
 
+def _as_it_is(reference: State) -> State:
+    return reference
+
+
 class Metric(NamedTuple):
     """What a metric reads, how its state grows, and the numbers that come of it."""
 
@@ -63,6 +67,8 @@ class Metric(NamedTuple):
     """(state, reference) -> a sentence that must be read with the numbers, or None."""
     needs_reference: bool = True
     """Whether there is a reference; else it is None."""
+    prepare: Callable[[State], Any] = _as_it_is
+    """(reference) -> what `compute` takes in its place, worked out once for many states."""
 
 
 def check_features(name: str, features: Any) -> None:

@@ -113,12 +113,24 @@ class FeatureStatistics:
 
     def compute(self, metric: Metric, states: Mapping[str, State]) -> dict[str, float]:
         """The metric's numbers for the images behind `states`, by the names of their columns."""
-        numbers = metric.compute(states[metric.state], self.reference(metric))
+        numbers = metric.compute(states[metric.state], self.prepared(metric))
         return {column_name(x, self.features): numbers[x.name] for x in metric.numbers}
+
+    def prepared(self, metric: Metric) -> Any:
+        """`reference` with what is the same for all images worked out, at the first call."""
+        key = metric.state, metric.prepare
+        if metric.needs_reference and key not in self._prepared:
+            self._prepared[key] = metric.prepare(self.reference(metric))
+        return self._prepared.get(key)
+
+    @functools.cached_property
+    def _prepared(self) -> dict[Any, Any]:
+        return {}
 
     def distance(self, moments: FeatureMoments) -> float:
         """Frechet distance of the features gathered in `moments` to these."""
-        return frechet_metric().compute(moments, Gaussian(self.mean, self.cov))["fd"]
+        metric = frechet_metric()
+        return metric.compute(moments, self.prepared(metric))["fd"]
 
     def check_network(self, network: FeatureNetwork, image_shape: tuple[int, int, int]) -> None:
         """Raise ValueError unless `network` is the one that made these statistics.

@@ -12,7 +12,13 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from ddim_jax.data.pixels import nearest_levels
 from ddim_jax.keys import initial_noise
-from ddim_jax.parallel import index_batches, joined, map_batches, over_devices
+from ddim_jax.parallel import (
+    DeviceProgram,
+    index_batches,
+    joined,
+    map_batches,
+    over_devices,
+)
 from ddim_jax.runs.spec import RunParams, RunSpec
 from ddim_jax.samplers import Sampler, ddim, sample
 from ddim_jax.types import PRNGKey, Timesteps
@@ -85,7 +91,7 @@ def image_program(
     *,
     label: int | None = None,
     guidance_scale: float = 1.0,
-) -> ImageProgram:
+) -> DeviceProgram:
     """A compiled program for `map_batches`: the images of any indices.
 
     `make_sampler(*values)` may be given traced values, so that one compilation for each batch size

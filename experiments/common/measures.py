@@ -92,6 +92,11 @@ class Measure(NamedTuple):
         """The states after the images of these indices too."""
         return update_states(states, self.metrics, features, indices)
 
+    def prepare(self) -> None:
+        """Work out what is the same for all states, which else their first `values` does."""
+        for metric in self.metrics:
+            self.statistics.prepared(metric)
+
     def values(self, states: dict[str, State]) -> dict[str, float]:
         """The numbers by column."""
         numbers: dict[str, float] = {}

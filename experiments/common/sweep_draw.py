@@ -14,9 +14,8 @@ from jaxtyping import Array, Bool, UInt8
 from common.measures import Features, Measure
 from common.sweep_store import Cell
 from ddim_jax.keys import seed_key
-from ddim_jax.parallel import map_batches
+from ddim_jax.parallel import DeviceProgram, map_batches
 from ddim_jax.runs import DrawInputs, Run, RunSpec, image_program
-from ddim_jax.runs.draw import ImageProgram
 from ddim_jax.samplers import ddim_or_sigma_hat
 from ddim_jax.solvers import named_sampler
 
@@ -24,12 +23,12 @@ ProgramKey = tuple[Any, ...]
 
 
 def program_key(cell: Cell) -> ProgramKey:
-    """Cells of one key share a program: all etas and sigma-hat do."""
+    """Cells of one key share a program: all seeds, etas and sigma-hat do."""
     own = None if cell.sampler in ("ddim", "sigma_hat") else cell.sampler
     return cell.num_steps, cell.spacing, cell.guidance_scale, own
 
 
-def image_programs(spec: RunSpec, cells: Iterable[Cell]) -> dict[ProgramKey, ImageProgram]:
+def image_programs(spec: RunSpec, cells: Iterable[Cell]) -> dict[ProgramKey, DeviceProgram]:
     """What draws the cells, not yet compiled. Raises ValueError for what the run cannot have."""
     programs = {}
     for cell in cells:
@@ -60,8 +59,9 @@ class Drawer:
 
     run: Run
     measures: Sequence[Measure]
-    seed: int
-    programs: Mapping[ProgramKey, ImageProgram]
+    programs: Mapping[ProgramKey, DeviceProgram]
+    compiled: set[ProgramKey] = dataclasses.field(default_factory=set)
+    """Of which programs `compile` was called."""
 
     def draw(
         self,
@@ -74,8 +74,6 @@ class Drawer:
         The images too of those that `is_shown(indices)`.
         """
         images = self.programs[program_key(cell)]
-        shares = program_key(cell)[-1] is None
-        values = (float(cell.eta or 0.0), cell.sampler == "sigma_hat") if shares else ()
 
         def program(inputs: DrawInputs, indices: np.ndarray) -> Batch:
             pixels = images(inputs, indices)
@@ -85,11 +83,17 @@ class Drawer:
             }
             return Batch(pixels.images if is_shown(indices) else None, pixels.finite, features)
 
-        inputs = DrawInputs(self.run.params, seed_key(self.seed), values)
-        return map_batches(program, inputs, batches)
+        return map_batches(program, self._inputs(cell), batches)
 
-    def seconds_of_one(self, cell: Cell, batch_size: int) -> float:
-        """Draw one batch of the cell, and throw it away."""
-        started = time.monotonic()
-        next(self.draw(cell, [np.arange(batch_size)]))
+    def _inputs(self, cell: Cell) -> DrawInputs:
+        shares = program_key(cell)[-1] is None
+        values = (float(cell.eta or 0.0), cell.sampler == "sigma_hat") if shares else ()
+        return DrawInputs(self.run.params, seed_key(cell.seed), values)
+
+    def compile(self, cell: Cell, batch_size: int) -> float:
+        """Compile what draws the cell, as no part of the time it takes; the seconds it took."""
+        started, devices = time.monotonic(), jax.local_device_count()
+        indices = np.arange(-(-batch_size // devices) * devices)  # as map_batches fills them up
+        self.programs[program_key(cell)].compile(self._inputs(cell), indices)
+        self.compiled.add(program_key(cell))
         return time.monotonic() - started

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import cycler
 import matplotlib
 
+from common.sweep_seeds import over_seeds
 from common.sweep_store import read_results
 from common.sweep_table import (
     PAPER_COLUMN,
@@ -72,6 +73,7 @@ PLOT_STYLE: dict[Any, Any] = {
 
 def _plots(name: str, lines: Lines, theirs: PaperValues) -> tuple[str, str]:
     """The number against S, or network calls where those differ, and against seconds, as SVG."""
+    lines = over_seeds(lines)
     same = all(line["network_calls"] == line["S"] for line in lines)
     label = STEPS if same else "network calls"
     with plt.rc_context(PLOT_STYLE):
@@ -97,6 +99,12 @@ def _plot(
         cells = sorted((x for x in lines if row_of(x) == row), key=lambda x: x["S"])
         values = [x["values"][name] for x in cells]
         (ours,) = axes.plot([x[key] for x in cells], values, marker=".", label=title)
+        if any(x["spread"] for x in cells):
+            spread = [x["spread"].get(name, 0.0) for x in cells]
+            axes.errorbar(
+                [x[key] for x in cells], values, spread, color=ours.get_color(), linestyle="none",
+                capsize=3,
+            )  # fmt: skip
         paper = [(s, value) for s in steps if (value := papers_own(theirs, row, s)) is not None]
         if paper:
             axes.plot(*zip(*paper, strict=True), linestyle=":", color=ours.get_color())
@@ -171,7 +179,7 @@ def _page(out: pathlib.Path, lines: Lines, theirs: PaperValues) -> str:
     body += [
         "<h2>Samples</h2>",
         '<p class="note">The same latents in every cell: at eta = 0 images stay as S grows.</p>',
-        *_html_samples(out, lines),
+        *_html_samples(out, over_seeds(lines)),
         "<h2>Protocol</h2>",
         f'<p class="note">{html.escape(protocol(lines))}</p>',
     ]

@@ -1,8 +1,9 @@
-"""A sweep's folder: sweep.json, results.jsonl, and partial.npz with the cell under way.
+"""A sweep's folder: sweep.json, results.jsonl, partial.npz with the cell under way, and drawn.npz
+with the one before it, as long as its numbers are being computed.
 
 sweep.json has what all cells share and what decides their numbers, the run's fingerprint among it.
-Every line of results.jsonl is a finished cell with its whole protocol. Both say "format": 2; files
-without a format are read by sweep_format_1.
+Every line of results.jsonl is a finished cell with its whole protocol. Both say "format": 3. Files
+of format 2 are those of one seed, and files without a format are read by sweep_format_1.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from ddim_jax.metrics.metric import State, state_from_arrays, state_to_arrays
 from ddim_jax.runs import Run
 from ddim_jax.solvers import SAMPLERS
 
-FORMAT = 2
+FORMAT = 3
+_READ = (2, FORMAT)
+PARTIAL, DRAWN = "partial.npz", "drawn.npz"
 _TIMES = 2  # since when one step starts at noise, and T steps are all
 
 States = dict[str, dict[str, State]]
@@ -45,15 +48,18 @@ class Cell(NamedTuple):
     """None for all samplers but ddim."""
     guidance_scale: float
     spacing: str
+    seed: int = 0
 
-    def name(self, plain_spacing: str) -> str:
-        """What the cell's files are called; a spacing is named unless it is the plain one."""
+    def name(self, plain_spacing: str, plain_seed: int = 0) -> str:
+        """What the cell's files are called; spacing and seed are named unless they are plain."""
         parts = [f"S{self.num_steps:04d}"]
         parts.append(self.sampler if self.eta is None else f"eta_{exact(self.eta)}")
         if self.guidance_scale != 1:
             parts.append(f"guidance_{exact(self.guidance_scale)}")
         if self.spacing != plain_spacing:
             parts.append(self.spacing)
+        if self.seed != plain_seed:
+            parts.append(f"seed_{self.seed}")
         return "_".join(parts)
 
     def network_calls(self) -> int:
@@ -85,13 +91,12 @@ class Progress(NamedTuple):
 
 
 def sweep_settings(
-    run: Run, measures: Sequence[Measure], num_samples: int, seed: int, kept_features: int
+    run: Run, measures: Sequence[Measure], num_samples: int, kept_features: int
 ) -> dict[str, Any]:
     """What every cell of a sweep has in common, and decides its numbers."""
     return {
         "format": FORMAT,
         "num_samples": num_samples,
-        "seed": seed,
         "kept_features": kept_features,
         "measures": {column: f for measure in measures for column, f in measure.facts().items()},
         "fingerprint": run.fingerprint,
@@ -112,7 +117,7 @@ def find_settings(
     """
     path = out / "sweep.json"
     if not path.exists():
-        if left := [name for name in ("results.jsonl", "partial.npz") if (out / name).exists()]:
+        if left := [name for name in ("results.jsonl", PARTIAL, DRAWN) if (out / name).exists()]:
             raise ValueError(
                 f"out {out} holds {' and '.join(left)} of a sweep whose sweep.json is gone, so "
                 "nobody knows of which. Restore it, or give another folder."
@@ -140,7 +145,7 @@ def find_settings(
             raise ValueError(f"{path} does not describe a sweep: {error!r}. {way_out}") from error
         wanted = sweep_format_1.comparable(wanted, run)
     wanted = {**wanted, "batch_size": batch_size or there.get("batch_size")}
-    ignored = {"format", "fingerprint_id", "spacing"}
+    ignored = {"format", "fingerprint_id", "spacing", "seed"}  # the latter two are the cells'
     # Where those images stood is not what decides: their statistics' hash is compared.
     ignored |= {f"measures.{column}.statistics_of" for column in wanted["measures"]}
     if differ := differences(there, json.loads(json.dumps(wanted)), ignored):
@@ -164,10 +169,10 @@ def write_settings(out: pathlib.Path, settings: Mapping[str, Any]) -> None:
 
 
 def _check_format(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    if (found := content.get("format", FORMAT)) != FORMAT:
+    if (found := content.get("format", FORMAT)) not in _READ:
         raise ValueError(
-            f"{path} must be of format {FORMAT} or of none, which this version reads; got "
-            f"{found!r}. Use the version that wrote it, or a newer one."
+            f"{path} must be of format {' or '.join(map(str, _READ))}, or of none, which this "
+            f"version reads; got {found!r}. Use the version that wrote it, or a newer one."
         )
 
 
@@ -210,7 +215,12 @@ def drop_other_times(out: pathlib.Path, cells: Sequence[Cell], num_steps: int) -
     if len(kept) < len(lines):
         write_whole(path, "".join(text + "\n" for text in kept).encode())
     others = [cell for cell in cells if cell.was_otherwise(num_steps)]
-    names = {cell.name(plain) for cell in others for plain in (cell.spacing, "")}
+    names = {
+        cell.name(spacing, seed)
+        for cell in others
+        for spacing in (cell.spacing, "")
+        for seed in (cell.seed, -1)
+    }
     if names and (partial := out / "partial.npz").exists():
         arrays = read_npz(partial, "a cell under way", way_out="Delete it to draw this cell again.")
         if str(arrays.get("cell")) in names and int(arrays.get("times", 1)) < _TIMES:
@@ -241,7 +251,7 @@ def _check_line_format(path: pathlib.Path, text: str) -> None:
             _check_format(path, line)
 
 
-_CELL_KEYS = ("S", "sampler", "eta", "guidance_scale", "spacing")
+_CELL_KEYS = ("S", "sampler", "eta", "guidance_scale", "spacing", "seed")
 
 
 def cell_of(line: Mapping[str, Any]) -> Cell:
@@ -264,7 +274,8 @@ def append_result(
     path = out / "results.jsonl"
     before = path.read_bytes() if path.exists() else b""
     write_whole(path, before + (json.dumps(line) + "\n").encode())
-    (out / "partial.npz").unlink(missing_ok=True)
+    if _is_of(out / DRAWN, line["name"]):
+        (out / DRAWN).unlink()
     return line
 
 
@@ -280,10 +291,10 @@ def _line(cell, progress, measures, settings) -> dict[str, Any]:
         "times": _TIMES,
         **dict(zip(_CELL_KEYS, cell, strict=True)),
         "network_calls": cell.network_calls(),
-        "name": cell.name(settings["spacing"]),
+        "name": cell.name(settings["spacing"], settings["seed"]),
         "values": values,
         "seconds": round(progress.seconds, 3),
-        **{key: settings[key] for key in ("num_samples", "seed", "batch_size", "kept_features")},
+        **{key: settings[key] for key in ("num_samples", "batch_size", "kept_features")},
         "rounding": fingerprint["rounding"],
         "weights": fingerprint["weights"],
         "fingerprint_id": settings["fingerprint_id"],
@@ -304,7 +315,7 @@ def _version(package: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# partial.npz
+# partial.npz and drawn.npz
 
 
 def save_progress(out: pathlib.Path, name: str, progress: Progress) -> None:
@@ -323,20 +334,43 @@ def save_progress(out: pathlib.Path, name: str, progress: Progress) -> None:
         seconds=progress.seconds,
         **arrays,
     )
-    write_whole(out / "partial.npz", file.getvalue())
+    write_whole(out / PARTIAL, file.getvalue())
+
+
+def keep_drawn(out: pathlib.Path, name: str) -> None:
+    """The cell under way is drawn: the next one may be, while its numbers are computed."""
+    if _is_of(out / PARTIAL, name):  # or it is kept already, and this is of the next
+        (out / PARTIAL).replace(out / DRAWN)
+
+
+def _is_of(path: pathlib.Path, name: str) -> bool:
+    """Whether the file keeps the cell of that name."""
+    if not path.exists():
+        return False
+    with np.load(path) as file:
+        return str(file["cell"]) == name
 
 
 def load_progress(out: pathlib.Path, name: str, measures: Sequence[Measure]) -> Progress:
     """What was kept of the cell of that name; else nothing measured yet."""
-    path = out / "partial.npz"
+    found = (_read_progress(out / file, name, measures) for file in (DRAWN, PARTIAL))
     nothing = Progress(0, 0.0, {measure.name: measure.init() for measure in measures})
+    return next((progress for progress in found if progress is not None), nothing)
+
+
+def _read_progress(path: pathlib.Path, name: str, measures: Sequence[Measure]) -> Progress | None:
     if not path.exists():
-        return nothing
+        return None
     way_out = "Delete it to draw this cell again."
-    arrays = read_npz(path, "a cell under way", way_out=way_out)
+    try:
+        arrays = read_npz(path, "a cell under way", way_out=way_out)
+    except ValueError:
+        if path.exists():
+            raise
+        return None  # just now its numbers were done
     try:
         if str(arrays["cell"]) != name:
-            return nothing
+            return None
         if "format" not in arrays:
             arrays = sweep_format_1.progress(arrays, [measure.name for measure in measures])
         _check_format(path, {"format": int(arrays["format"])})

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from common.exact import exact
+from common.sweep_seeds import Line, Lines, over_seeds, seeds_of
 
-Line: TypeAlias = Mapping[str, Any]
-"""One finished cell, as read_results gives it."""
-Lines: TypeAlias = Sequence[Line]
 PaperTable: TypeAlias = Literal["cifar10", "celeba64", "bedroom", "church"]
 PaperValues: TypeAlias = Mapping[tuple[int, float | str], float]
 """(S, eta or "sigma_hat") -> the paper's number."""
@@ -115,7 +113,7 @@ class Entry(NamedTuple):
     text: str
     best: bool = False
     calls: str = ""
-    """Network calls, where they are not S."""
+    """What stands small below: network calls where they are not S, seeds where they are others."""
 
 
 class Table(NamedTuple):
@@ -127,29 +125,37 @@ class Table(NamedTuple):
 
 def table_of(name: str, lines: Lines, theirs: PaperValues) -> Table:
     """The table of one number; each followed by the paper's in brackets."""
+    lines = over_seeds(lines)
+    seeds = seeds_of(lines)
     steps, cells = steps_of(lines), {(row_of(line), line["S"]): line for line in lines}
     theirs = theirs if _is_distance_like_the_papers(name, lines) else {}
     best = _best(name, lines)
     rows = [
         [
             Entry(title),
-            *(_entry(name, cells.get((row, s)), theirs, best.get(s)) for s in steps),
+            *(_entry(name, cells.get((row, s)), theirs, best.get(s), seeds) for s in steps),
         ]
         for row, title in rows_of(lines).items()
     ]
     return Table(["S", *map(str, steps)], [*rows, _time_row(lines, steps)])
 
 
-def _entry(name: str, line: Line | None, theirs: PaperValues, best: Row | None) -> Entry:
+def _entry(
+    name: str, line: Line | None, theirs: PaperValues, best: Row | None, seeds: list[int]
+) -> Entry:
     if line is None:
         return Entry("–")
     text = f"{line['values'][name]:.4g}"
-    if std := _std_of(name, line):
+    if line["spread"]:
+        text += f" ± {line['spread'][name]:.2g}"
+    elif len(seeds) == 1 and (std := _std_of(name, line)):
         text += f" ± {line['values'][std]:.2g}"
     if (paper := papers_own(theirs, row_of(line), line["S"])) is not None:
         text += f" ({paper:.2f})"
-    calls = f"{line['network_calls']} calls" if line["network_calls"] != line["S"] else ""
-    return Entry(text, best == row_of(line), calls)
+    small = [f"{line['network_calls']} calls"] if line["network_calls"] != line["S"] else []
+    if sorted(line["seeds"]) != seeds:
+        small.append(f"seed {' '.join(map(str, line['seeds']))} alone")
+    return Entry(text, best == row_of(line), ", ".join(small))
 
 
 def _best(name: str, lines: Lines) -> dict[int, Row]:
@@ -189,7 +195,10 @@ def describe(line: Line) -> str:
     """One finished cell for the terminal."""
     values = ", ".join(f"{name} {value:.4g}" for name, value in line["values"].items())
     row = rows_of([line])
-    return f"S = {line['S']:4d}  {row[row_of(line)]:13s}  {values}  {duration(line['seconds'])}"
+    return (
+        f"S = {line['S']:4d}  {row[row_of(line)]:13s}  seed {line['seed']}  {values}  "
+        f"{duration(line['seconds'])}"
+    )
 
 
 def _is_distance_like_the_papers(name: str, lines: Lines) -> bool:
@@ -200,7 +209,11 @@ def notes(name: str, lines: Lines, theirs: PaperValues) -> list[str]:
     """What must be read with the numbers."""
     measure = lines[0]["measures"][name]
     found = [f"{measure['direction'].capitalize()} is better."]
-    if std := _std_of(name, lines[0]):
+    if len(seeds := sorted({line["seed"] for line in lines})) > 1:
+        found.append(
+            f"Mean over the seeds {', '.join(map(str, seeds))}; after ±: their standard deviation."
+        )
+    elif std := _std_of(name, lines[0]):
         found.append(f"After ±: {lines[0]['measures'][std]['title']}.")
     if any(line["network_calls"] != line["S"] for line in lines):
         found.append("Calls: network evaluations for an image, where they are not S.")
@@ -225,11 +238,16 @@ def protocol(lines: Lines) -> str:
         f"N = {line['num_samples']} samples, {spacings} sub-sequence, {weights['kind']} "
         f"weights {weights['hash'][:12]} of step {weights['step']}, "
         + (f"run {' and '.join(runs)}, " if runs else "")
-        + f"seed {line['seed']}, pixels rounded to {line['rounding']}, batches of "
+        + f"{_seeds(lines)}, pixels rounded to {line['rounding']}, batches of "
         f"{line['batch_size']}. {'. '.join(_measured(line))}. {line['device']}; "
         + ", ".join(f"{name} {version}" for name, version in line["versions"].items())
         + "."
     )
+
+
+def _seeds(lines: Lines) -> str:
+    seeds = sorted({line["seed"] for line in lines})
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _measured(line: Line) -> list[str]:

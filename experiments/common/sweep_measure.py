@@ -1,0 +1,204 @@
+"""Measuring a sweep's cells, until all are done or time is up."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from common import pictures
+from common.sweep_draw import Drawer, program_key
+from common.sweep_store import (
+    Cell,
+    Progress,
+    append_result,
+    keep_drawn,
+    load_progress,
+    save_progress,
+)
+from common.sweep_table import describe, duration
+from common.sweep_time import Clock, Costs, measured_costs
+from ddim_jax.parallel import index_batches
+from ddim_jax.runs import check_finite
+
+GRID_IMAGES = 64
+REPORT_EARLY = 60.0
+"""A sweep of more seconds than this shows a report after its first cell."""
+
+
+class Sweep(NamedTuple):
+    """All that is known before anything is written."""
+
+    out: pathlib.Path
+    drawer: Drawer
+    cells: list[Cell]
+    num_samples: int
+    save_every: int
+    save_images: bool
+    clock: Clock
+
+
+def fitting_costs(sweep: Sweep, missing: list[Cell], batch_size: int | None) -> tuple[Costs, int]:
+    """What the parts cost, and a batch size at which the devices' memory suffices if none is
+    given."""
+    # Guidance needs the most memory; how many steps there are does not matter to it.
+    cell = min(missing, key=lambda cell: (cell.guidance_scale == 1, cell.network_calls()))
+    devices = jax.local_device_count()
+    if batch_size is not None:
+        return measured_costs(sweep.drawer, cell, batch_size, sweep.num_samples), batch_size
+    share = min(256, -(-sweep.num_samples // devices))
+    while True:
+        try:
+            costs = measured_costs(sweep.drawer, cell, share * devices, sweep.num_samples)
+            return costs, share * devices
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or share == 1:
+                raise
+        print(f"batches of {share * devices} do not fit into memory; trying half", flush=True)
+        share //= 2
+
+
+def print_estimate(sweep: Sweep, missing: list[Cell], costs: Costs, batch_size: int) -> None:
+    """Say how long the whole call will take, and of what that is made."""
+    num_batches = -(-sweep.num_samples // batch_size)
+    remaining = costs.all_of(missing, sweep.drawer.compiled, num_batches)
+    seconds = sweep.clock.seconds() + remaining
+    shortest = min(missing, key=Cell.network_calls)
+    print(
+        f"{len(missing)} cells of {sweep.num_samples} images to measure: about "
+        f"{duration(seconds)} for this call on {jax.local_device_count()} "
+        f"{jax.devices()[0].device_kind}, from {costs.batch(shortest):.2f} s for a batch of "
+        f"{batch_size} at S = {shortest.num_steps}, {costs.compiling:.1f} s to compile a program "
+        f"and {costs.numbers:.2f} s for the numbers of a cell",
+        flush=True,
+    )
+
+
+def measure_cells(
+    sweep: Sweep,
+    missing: list[Cell],
+    costs: Costs,
+    settings: Mapping[str, Any],
+    write_report: Callable[[], None],
+) -> None:
+    """Measure the cells until time is up: one batch at least, and the numbers that it completes.
+
+    The numbers of a cell are computed while the next one is drawn. What takes minutes shows a
+    report after the first.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as worker:
+        numbers = None
+        for i, cell in enumerate(missing):
+            if i > 0 and not sweep.clock.has(_least(sweep, cell, costs)):
+                break
+            _compile(sweep, cell, costs, settings["batch_size"])
+            name = cell.name(settings["spacing"], settings["seed"])
+            progress = _draw(sweep, cell, name, settings["batch_size"], costs)
+            if numbers is not None:
+                print(describe(numbers.result()), flush=True)
+                numbers = None
+                if i == 1 and _remaining(sweep, missing[i:], costs, settings) > REPORT_EARLY:
+                    _time_report(costs, write_report)
+            if progress.count < sweep.num_samples:
+                break
+            keep_drawn(sweep.out, name)
+            if i > 0 and not sweep.clock.has(costs.numbers + costs.report):
+                break  # drawn it is, and the next call begins with its numbers
+            numbers = worker.submit(
+                append_result, sweep.out, cell, progress, sweep.drawer.measures, settings
+            )
+        else:
+            i = len(missing)
+        if numbers is not None:
+            print(describe(numbers.result()), flush=True)
+    if i < len(missing):
+        print("stopped, time is up; call again for what is missing")
+
+
+def _least(sweep: Sweep, cell: Cell, costs: Costs) -> float:
+    """Seconds to begin the cell and to end the call: a program, a batch, the numbers under way."""
+    program = 0.0 if program_key(cell) in sweep.drawer.compiled else costs.program(cell)
+    return program + costs.batch(cell) + costs.numbers + costs.report
+
+
+def _remaining(sweep: Sweep, cells: list[Cell], costs: Costs, settings: Mapping[str, Any]) -> float:
+    num_batches = -(-sweep.num_samples // settings["batch_size"])
+    return costs.all_of(cells, sweep.drawer.compiled, num_batches)
+
+
+def _compile(sweep: Sweep, cell: Cell, costs: Costs, batch_size: int) -> None:
+    """Compile what draws the cell, so that its seconds are drawing alone."""
+    if program_key(cell) not in sweep.drawer.compiled:
+        seconds = sweep.drawer.compile(cell, batch_size)
+        costs.compiling = max(costs.compiling, seconds * cell.num_steps / cell.network_calls())
+
+
+def _time_report(costs: Costs, write_report: Callable[[], None]) -> None:
+    started = time.monotonic()
+    write_report()
+    costs.report = time.monotonic() - started
+
+
+def _draw(sweep: Sweep, cell: Cell, name: str, batch_size: int, costs: Costs) -> Progress:
+    """Draw the cell from where it stands, until it is done or time is up."""
+    measures, total = sweep.drawer.measures, sweep.num_samples
+    progress = load_progress(sweep.out, name, measures)
+    before, started = progress.seconds, time.monotonic()
+    # Whole batches, the last one too: then every call runs the same program, to the same bits.
+    whole = -(-total // batch_size) * batch_size
+    batches = [
+        indices
+        for indices in index_batches(whole, batch_size, progress.count)
+        if indices[0] < total  # none is left of a cell that was killed at its end
+    ]
+    in_time = _in_time(sweep, cell, batches, costs)
+    drawn = sweep.drawer.draw(cell, in_time, lambda indices: indices[0] == 0 or sweep.save_images)
+    # Fewer are drawn where time is up.
+    for number, (indices, batch) in enumerate(zip(batches, drawn, strict=False), 1):
+        indices = indices[indices < total]
+        images, finite, features = batch.first(len(indices))
+        check_finite(finite)
+        if images is not None:
+            _keep_pictures(sweep, name, indices, np.asarray(images))
+        states = {
+            measure.name: measure.update(
+                progress.states[measure.name], features[measure.name], indices
+            )
+            for measure in measures
+        }
+        seconds = time.monotonic() - started
+        costs.seen[program_key(cell)] = seconds / number
+        progress = Progress(progress.count + len(indices), before + seconds, states)
+        if number % sweep.save_every == 0:
+            save_progress(sweep.out, name, progress)
+    if batches:
+        save_progress(sweep.out, name, progress)
+    return progress
+
+
+def _in_time(
+    sweep: Sweep, cell: Cell, batches: list[np.ndarray], costs: Costs
+) -> Iterator[np.ndarray]:
+    """The batches that will be done in time; the first one always.
+
+    Asked for one, the batch before it has just begun, so that is waited for too.
+    """
+    for number, indices in enumerate(batches):
+        closing = costs.report + costs.numbers
+        if number > 0 and not sweep.clock.has(2 * costs.batch(cell) + closing):
+            return
+        yield indices
+
+
+def _keep_pictures(sweep: Sweep, name: str, indices: np.ndarray, images: np.ndarray) -> None:
+    """The grid of the first images; every image if asked for."""
+    if indices[0] == 0:
+        pictures.save_grid(sweep.out / "samples" / f"{name}.png", images[:GRID_IMAGES])
+    if sweep.save_images:
+        for i, image in zip(indices, images, strict=True):
+            pictures.save_png(sweep.out / "images" / name / f"{i:06d}.png", image)

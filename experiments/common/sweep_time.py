@@ -1,0 +1,134 @@
+"""How long a sweep takes, and when to stop: compiling, drawing, features, numbers and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from common.measures import Measure
+from common.sweep_draw import Drawer, ProgramKey, program_key
+from common.sweep_store import Cell
+
+REPORT_SECONDS = 2.0
+"""Of a report, until one was made."""
+
+
+@dataclasses.dataclass
+class Costs:
+    """Seconds of a sweep's parts on this machine, measured as it goes."""
+
+    compiling: float
+    """A program whose loop evaluates the network once."""
+    call: float
+    """One network evaluation of a batch."""
+    rest: float
+    """What a batch takes beside: feature networks, which see it once, and the metrics' states."""
+    numbers: float
+    """The numbers of one cell, from its states."""
+    report: float = REPORT_SECONDS
+    seen: dict[ProgramKey, float] = dataclasses.field(default_factory=dict)
+    """A batch, of the programs that have drawn some."""
+
+    def batch(self, cell: Cell) -> float:
+        """A batch of the cell."""
+        expected = self.call * cell.network_calls() + self.rest
+        return self.seen.get(program_key(cell), expected)
+
+    def program(self, cell: Cell) -> float:
+        """Compiling what draws the cell: Heun and guidance have the network in it twice."""
+        return self.compiling * cell.network_calls() / cell.num_steps
+
+    def all_of(self, cells: Iterable[Cell], compiled: set[ProgramKey], num_batches: int) -> float:
+        """Measuring the cells, and the report.
+
+        On a CPU the numbers of a cell take from the drawing of the next what they need; beside an
+        accelerator they are hidden behind it, or it behind them.
+        """
+        cells = list(cells)
+        programs = {program_key(cell): cell for cell in cells if program_key(cell) not in compiled}
+        drawing = num_batches * sum(map(self.batch, cells))
+        numbers = self.numbers * len(cells)
+        on_cpu = jax.default_backend() == "cpu"
+        together = drawing + numbers if on_cpu else max(drawing, numbers) + self.numbers
+        return sum(map(self.program, programs.values())) + together + self.report
+
+
+def measured_costs(drawer: Drawer, cell: Cell, batch_size: int, num_samples: int) -> Costs:
+    """Costs by one batch of the cell, which is thrown away, after compiling its program."""
+    compiling = drawer.compile(cell, batch_size)
+    (batch,) = drawer.draw(cell, [np.arange(batch_size)])  # the features' programs are compiled
+    started = time.monotonic()
+    (batch,) = drawer.draw(cell, [np.arange(batch_size)])
+    drawing = time.monotonic() - started
+    features = _feature_seconds(drawer, batch_size)
+    started = time.monotonic()
+    for measure in drawer.measures:
+        measure.update(measure.init(), batch.features[measure.name], np.arange(batch_size))
+    updating = time.monotonic() - started
+    return Costs(
+        compiling=compiling * cell.num_steps / cell.network_calls(),
+        call=max(drawing - features, 0.0) / cell.network_calls(),
+        rest=features + updating,
+        numbers=sum(
+            _number_seconds(measure, batch.features[measure.name], num_samples)
+            for measure in drawer.measures
+        ),
+    )
+
+
+def _feature_seconds(drawer: Drawer, batch_size: int) -> float:
+    images = np.zeros((batch_size, *drawer.run.spec.image_shape), np.uint8)
+    seconds = 0.0
+    for measure in drawer.measures:
+        for _ in range(2):  # the second is of a program that is compiled
+            started = time.monotonic()
+            jax.block_until_ready(measure.program(measure.network.params, images))
+            last = time.monotonic() - started
+        seconds += last
+    return seconds
+
+
+def _number_seconds(measure: Measure, features: Mapping[str, Any], num_samples: int) -> float:
+    """Of as many vectors as a cell keeps, of full rank, near those of a batch.
+
+    Not of the batch alone: the matrices of a few vectors are quicker than those of many.
+    """
+    kept = max((int(m.init(1).num_kept) for m in measure.metrics if _keeps(m)), default=0)
+    size = min(num_samples, max(kept, 2 * max(measure.dims.values())))
+    rng, states = np.random.default_rng(0), measure.init()
+    rows = rng.integers(0, len(next(iter(features.values()))), size)
+    many = {
+        name: x[rows] + (1e-3 + x.std()) * rng.standard_normal((size, x.shape[1]), np.float32)
+        for name, x in features.items()
+    }
+    states = measure.update(states, many, np.arange(size))
+    measure.prepare()
+    started = time.monotonic()
+    measure.values(states)
+    return time.monotonic() - started
+
+
+def _keeps(metric: Any) -> bool:
+    return hasattr(metric.init(1), "num_kept")
+
+
+class Clock:
+    """When to stop. Until then a piece of work is begun if it will be done in time."""
+
+    def __init__(self, started: float, max_seconds: float | None):
+        """`started` by time.monotonic()."""
+        self.started = started
+        self.deadline = started + (float("inf") if max_seconds is None else max_seconds)
+
+    def seconds(self) -> float:
+        """Since the call began."""
+        return time.monotonic() - self.started
+
+    def has(self, seconds: float) -> bool:
+        """Whether so many are left."""
+        return time.monotonic() + seconds <= self.deadline
