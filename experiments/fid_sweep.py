@@ -6,6 +6,7 @@ python experiments/fid_sweep.py table1-cifar10 --workdir W --stats stats.npz --o
 python experiments/fid_sweep.py --workdir W --stats stats.npz --out DIR --seeds 0 1 2
 python experiments/fid_sweep.py --workdir W --stats stats.npz --out DIR --samplers heun \
     --guidance-scales 1 3 --spacings uniform quadratic --metrics frechet kid precision_recall
+python experiments/fid_sweep.py --workdir W --stats stats.npz --out DIR --timesteps 999,749,499,249
 
 The rows are the product of samplers (and etas), guidance scales and spacings. One network
 compilation for each S, spacing and guidance scale serves all etas and seeds. Image i depends on
@@ -24,7 +25,7 @@ import time
 from typing import Annotated, Literal
 
 import tyro
-from common import cli
+from common import cli, times
 from common.measures import MetricOptions, check_different, open_measures
 from common.options import ModelOptions, SpacingOptions
 from common.sweep_draw import Drawer, image_programs
@@ -74,6 +75,9 @@ class SweepConfig(MetricOptions, SpacingOptions, ModelOptions):
     """Each row once for each of these scales; others than 1 need a model with classes."""
     spacings: tuple[Spacing, ...] = ()
     """Each row once for each of these sub-sequences, in place of --spacing."""
+    timesteps: tuple[str, ...] = ()
+    """Own lists of time indices, from noise to data, such as 900,600,300,0: each row once more for
+    each list, in the column of its length."""
     num_samples: int = option(50_000, at_least=2)
     """N, images behind each number: exactly as many."""
     seed: int = option(0, at_least=0, below=NUM_SEEDS)
@@ -100,7 +104,7 @@ _TABLE1 = SweepConfig(
     steps=(10, 20, 50, 100, 1000),
     etas=(0.0, 0.2, 0.5, 1.0, "sigma_hat"),
 )
-_TABLE3 = dataclasses.replace(_TABLE1, steps=(10, 20, 50, 100), etas=(0.0, 1.0), spacing="uniform")
+_TABLE3 = dataclasses.replace(_TABLE1, etas=(0.0, 1.0), spacing="uniform")
 
 TABLES: dict[str, tuple[str, SweepConfig]] = {
     "table1-cifar10": (
@@ -136,8 +140,7 @@ def main(config: SweepConfig, started: float | None = None) -> None:
     cells = [
         Cell(num_steps, sampler, eta, scale, spacing, seed)
         for seed in _seeds(config)  # outermost: a whole table of one seed comes first
-        for num_steps in config.steps
-        for spacing in config.spacings or (config.spacing or run.spec.spacing,)
+        for num_steps, spacing in _grids(config, run.spec.spacing)
         for scale in config.guidance_scales
         for sampler, eta in rows
     ]
@@ -180,6 +183,16 @@ def _rows(config: SweepConfig) -> list[tuple[str, float | None]]:
     for name, eta in rows:
         named_sampler(name, eta or 0.0)  # refuses an unknown name, and an eta below 0
     return rows
+
+
+def _grids(config: SweepConfig, own: Spacing) -> list[tuple[int, str]]:
+    """S and spacing, or own list, of each column's rows; `own` is the model's spacing."""
+    lists = [times.list_from(text) for text in config.timesteps]
+    if lists:
+        check_different("timesteps", lists)
+    spacings = config.spacings or (config.spacing or own,)
+    named = [(num_steps, spacing) for num_steps in config.steps for spacing in spacings]
+    return named + [(times.length(text), text) for text in lists]
 
 
 def _seeds(config: SweepConfig) -> tuple[int, ...]:

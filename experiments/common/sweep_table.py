@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from common import times
 from common.exact import exact
 from common.sweep_seeds import Line, Lines, over_seeds, seeds_of
 
@@ -26,11 +27,14 @@ def paper_values(paper: PaperTable | None) -> PaperValues:
     tables = json.loads(PAPER_TABLES.read_text())
     (table,) = (t for t in (tables["table1_fid"], tables["table3_fid"]) if paper in t)
     rows = {key: row for key, row in table[paper].items() if isinstance(row, list)}
-    return {
+    values: dict[tuple[int, float | str], float] = {
         (num_steps, "sigma_hat" if key == "sigma_hat" else float(key)): value
         for key, row in rows.items()
         for num_steps, value in zip(table["S"], row, strict=True)
     }
+    if (whole_chain := table[paper].get("ddpm_1000")) is not None:
+        values[1000, 1.0] = whole_chain  # DDPM's own, of Table 3's caption; eta = 1 is its variance
+    return values
 
 
 # ---------------------------------------------------------------------------------------------
@@ -61,7 +65,7 @@ def row_of(line: Line) -> Row:
 
 def papers_own(theirs: PaperValues, row: Row, num_steps: int) -> float | None:
     """The paper's number of a row and S, where it has one."""
-    if row.guidance_scale != 1:
+    if row.guidance_scale != 1 or times.is_list(row.spacing):
         return None
     return theirs.get((num_steps, row.sampler if row.eta is None else row.eta))
 
@@ -82,7 +86,7 @@ def rows_of(lines: Lines) -> dict[Row, str]:
         if row.guidance_scale != 1:
             parts.append(f"guidance {exact(row.guidance_scale)}")
         if len(spacings) > 1:
-            parts.append(row.spacing)
+            parts.append(times.shown(row.spacing))
         return ", ".join(parts)
 
     return {row: name(row) for row in sorted(rows, key=order)}
