@@ -241,7 +241,7 @@ def _out_of_workdir(config: ConvertConfig) -> None:
     else:
         _save_ddim(out, run)
     print(
-        f"{config.weights} weights of step {run.step} of {config.workdir} are in {out}: "
+        f"{run.weights_called} of {config.workdir} are in {out}: "
         f"{_count(run.params.network)} parameters, hash {run.weights_hash}"
     )
     if run.spec.spacing != "uniform":

@@ -28,6 +28,7 @@ import tyro
 from common import cli, times
 from common.measures import MetricOptions, check_different, open_measures
 from common.options import ModelOptions, SpacingOptions
+from common.sweep_about import about, command_of
 from common.sweep_draw import Drawer, image_programs
 from common.sweep_measure import Sweep, fitting_costs, measure_cells, print_estimate
 from common.sweep_page import write_report
@@ -162,7 +163,8 @@ def main(config: SweepConfig, started: float | None = None) -> None:
 
 def _rows(config: SweepConfig) -> list[tuple[str, float | None]]:
     """The samplers and their etas. Raises ValueError for settings that make no table."""
-    check_different("steps", config.steps)
+    if config.steps or not config.timesteps:
+        check_different("steps", config.steps)
     check_different("guidance_scales", config.guidance_scales)
     if config.spacings:
         check_different("spacings", config.spacings)
@@ -220,7 +222,9 @@ def _measure_missing(sweep: Sweep, config: SweepConfig) -> None:
     missing = [cell for cell in sweep.cells if cell not in done]
     if not there and not missing:
         return
-    settings = wanted | {
+    command = command_of("experiments/fid_sweep.py", config)
+    settings = wanted | about(there, sweep.cells, config.workdir, command, config.paper)
+    settings |= {
         "spacing": there.get("spacing", sweep.cells[0].spacing),
         "seed": there.get("seed", sweep.cells[0].seed),
     }

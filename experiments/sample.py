@@ -87,7 +87,7 @@ def main(config: SampleConfig) -> None:
     kept = config.num_images - len(missing)
     print(
         f"{config.num_images} images in {out}{f' ({kept} of them were there)' if kept else ''}: "
-        f"{config.weights} weights of step {run.step}, "
+        f"{run.weights_called}, "
         f"S = {len(timesteps)} {shown(_grid(config, run)[1])}, {rule}, "
         f"{'x0 clipped, ' if config.clip_x0 else ''}"
         f"seed {config.seed}, run {run.fingerprint_id}, {seconds:.1f} s with compilation"

@@ -75,6 +75,7 @@ def test_a_converted_folder_samples_and_converts_back_to_the_same_files(folder, 
         )
     )
     assert (tmp_path / "s" / "images" / "00001.png").is_file()
+    assert "converted ema weights, S = 2" in capsys.readouterr().out
 
     convert.main(ConvertConfig(workdir=str(workdir), target="diffusers", out=str(back)))
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]

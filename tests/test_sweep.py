@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import hashlib
+import html
 import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,6 +29,7 @@ import fid_sweep
 import likelihood
 import make_statistics
 import sample
+import sweep_report
 import train_classifier
 import tyro
 from common import sweep_measure, sweep_store
@@ -508,6 +511,37 @@ def test_a_sweep_of_a_model_that_trained_on_says_how_to_go_on(finished, tmp_path
     assert {line["weights"]["step"] for line in lines(tmp_path / "other")} == {8}
 
 
+def test_the_report_says_what_it_is_and_is_the_same_when_made_again(finished, tmp_path):
+    out = tmp_path / "out"
+    mine = dataclasses.replace(
+        finished, out=str(out), paper="cifar10", max_seconds=0.0, batch_size=21, timesteps=("9,0",)
+    )
+    fid_sweep.main(mine)  # one cell of four
+    text, page = ((out / f"report.{kind}").read_text() for kind in ("md", "html"))
+    run = load_trained(finished.workdir)
+    begun = json.loads((out / "sweep.json").read_text())["begun"]
+    command = next(x for x in text.splitlines() if x.startswith("Command: "))
+    for said in (
+        f"Model: {finished.workdir}, ema weights of step 6, hash {run.weights_hash[:12]}; "
+        f"fingerprint {run.fingerprint_id}.",
+        f"Begun {begun}. Not complete: 3 of 4 cells are missing, of S = 2, 3;",
+    ):
+        assert said in text and said in html.unescape(page)
+    python, path, *words = shlex.split(command.removeprefix("Command: "))
+    assert (python, path) == ("python", "experiments/fid_sweep.py")
+    assert tyro.cli(fid_sweep.SweepConfig, args=words) == mine
+    fid_sweep.main(dataclasses.replace(mine, max_seconds=None))
+    assert "Complete: all 4 cells are measured." in (out / "report.md").read_text()
+    assert f"Begun {begun}." in (out / "report.md").read_text()
+    copy = shutil.copytree(out, tmp_path / "copy", ignore=shutil.ignore_patterns("report.*"))
+    sweep_report.main(sweep_report.ReportConfig(out=str(copy)))
+    for name in ("report.md", "report.html"):
+        assert (copy / name).read_bytes() == (out / name).read_bytes()
+    # More that is asked for is missing until it is there; what was asked for before stays.
+    fid_sweep.main(dataclasses.replace(mine, etas=(0.5, 1.0)))
+    assert "Not complete: 3 of 8 cells are missing" in (out / "report.md").read_text()
+
+
 def test_numbers_that_end_while_the_next_cell_begins_are_no_error(tmp_path, monkeypatch):
     """Its file is there when looked for, and gone when read."""
     read = sweep_store.read_npz
@@ -759,6 +793,10 @@ def test_an_old_sweep_goes_on_to_the_same_numbers(old_sweep, finished):
         json.loads((pathlib.Path(out) / "sweep.json").read_text())
         for out in (old_sweep.out, finished.out)
     ]
+    assert settings[0].pop("begun") is None  # nobody knows
+    del settings[1]["begun"]
+    for content in settings:
+        del content["model"], content["command"]  # which were asked for
     assert settings[0] == settings[1]
     report = (pathlib.Path(old_sweep.out) / "report.md").read_text()
     assert "| DDIM, eta = 0 |" in report and "| sigma-hat |" in report

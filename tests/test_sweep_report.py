@@ -179,6 +179,23 @@ def test_the_table_has_ours_beside_the_papers_and_the_warning(report):
     assert "N = 21 samples do not exceed the 64 feature dimensions" in text
 
 
+def test_the_papers_dotted_lines_are_named_where_they_are_drawn(report, tmp_path):
+    dotted = "Dotted: the paper's numbers"
+    assert dotted not in (report / "report.html").read_text()  # another distance than the paper's
+    lines = [line(_cell(10, eta), {"fid": 2.0}, measures={"fid": FD | {"title": "FID"}})
+             for eta in (0.0, 1.0)]  # fmt: skip
+    page = (written(tmp_path, lines, "cifar10") / "report.html").read_text()
+    assert dotted in page and page.count("<!-- the paper -->") == 1
+    assert dotted not in (written(tmp_path, lines) / "report.html").read_text()
+
+
+def test_converted_weights_are_of_no_step(tmp_path):
+    weights = LINE["weights"] | {"step": 0}
+    out = written(tmp_path, [line(_cell(10, 0.0), {"fd_pixels": 2.0}, weights=weights)])
+    text = (out / "report.md").read_text()
+    assert "converted ema weights, hash 001122334455" in text and "step 0" not in text
+
+
 def test_each_row_says_its_method_guidance_and_spacing(wide):
     text = (wide / "report.md").read_text()
     first = text[: text.index("## kid_pixels")]

@@ -149,6 +149,7 @@ def find_settings(
         wanted = sweep_format_1.comparable(wanted, run)
     wanted = {**wanted, "batch_size": batch_size or there.get("batch_size")}
     ignored = {"format", "fingerprint_id", "spacing", "seed"}  # the latter two are the cells'
+    ignored |= {"model", "begun", "command", "cells", "paper"}  # for the report alone
     # Where those images stood is not what decides: their statistics' hash is compared.
     ignored |= {f"measures.{column}.statistics_of" for column in wanted["measures"]}
     if differ := differences(there, json.loads(json.dumps(wanted)), ignored):
@@ -168,7 +169,9 @@ def _step_there(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 _SETTINGS = {
     **dict.fromkeys(("batch_size", "num_samples", "seed", "kept_features"), int),
     **dict.fromkeys(("measures", "fingerprint", "weights"), dict),
-    "spacing": str,
+    **dict.fromkeys(("spacing", "model", "command"), str),
+    "cells": list,
+    **dict.fromkeys(("paper", "begun"), str | None),
 }
 
 

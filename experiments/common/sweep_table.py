@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from common import times
 from common.exact import exact
 from common.sweep_seeds import Line, Lines, over_seeds, seeds_of
+from ddim_jax.runs import weights_called
 
 PaperTable: TypeAlias = Literal["cifar10", "celeba64", "bedroom", "church"]
 PaperValues: TypeAlias = Mapping[tuple[int, float | str], float]
@@ -85,7 +86,7 @@ def rows_of(lines: Lines) -> dict[Row, str]:
         parts = [row.method]
         if row.guidance_scale != 1:
             parts.append(f"guidance {exact(row.guidance_scale)}")
-        if len(spacings) > 1:
+        if len(spacings) > 1 or times.is_list(row.spacing):
             parts.append(times.shown(row.spacing))
         return ", ".join(parts)
 
@@ -236,11 +237,11 @@ def protocol(lines: Lines) -> str:
     """Everything the numbers depend on, in a sentence or two."""
     line = lines[0]
     weights = line["weights"]
-    spacings = " and ".join(dict.fromkeys(line["spacing"] for line in lines))
+    spacings = " and ".join(dict.fromkeys(times.shown(line["spacing"]) for line in lines))
     runs = [i for i in dict.fromkeys(line.get("fingerprint_id") for line in lines) if i]
     return (
-        f"N = {line['num_samples']} samples, {spacings} sub-sequence, {weights['kind']} "
-        f"weights {weights['hash'][:12]} of step {weights['step']}, "
+        f"N = {line['num_samples']} samples, {spacings} sub-sequence, "
+        f"{weights_called(weights['kind'], weights['step'])}, hash {weights['hash'][:12]}, "
         + (f"run {' and '.join(runs)}, " if runs else "")
         + f"{_seeds(lines)}, pixels rounded to {line['rounding']}, batches of "
         f"{line['batch_size']}. {'. '.join(_measured(line))}. {line['device']}; "
