@@ -42,7 +42,7 @@ from common.sweep_store import (
     write_settings,
 )
 from common.sweep_table import PaperTable
-from common.sweep_time import Clock
+from common.sweep_time import Clock, process_seconds
 
 from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.files import only_one_process
@@ -240,5 +240,5 @@ def _measure_missing(sweep: Sweep, config: SweepConfig) -> None:
 
 if __name__ == "__main__":
     named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
-    began = time.monotonic() - time.process_time()  # loading the libraries counts
+    began = time.monotonic() - process_seconds()
     cli.run(lambda config: main(config, began), SweepConfig, TABLES if named else None)

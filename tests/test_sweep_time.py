@@ -1,6 +1,11 @@
 """A sweep's estimate and its stop, by a clock that the test moves."""
 
+import os
+import pathlib
+import subprocess
+import sys
 import threading
+import time
 import types
 
 import numpy as np
@@ -14,6 +19,7 @@ from common.sweep_measure import Sweep, measure_cells
 from common.sweep_store import Cell
 from common.sweep_time import Clock, Costs
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 CELLS = [Cell(s, "ddim", eta, 1.0, "uniform") for s in (10, 20) for eta in (0.0, 1.0)]
 HEUN = Cell(10, "heun", None, 1.0, "uniform")
 SETTINGS = {"spacing": "uniform", "seed": 0, "batch_size": 10}
@@ -99,3 +105,13 @@ def test_a_cells_numbers_are_computed_while_the_next_is_drawn(tmp_path, monkeypa
     monkeypatch.setattr(sweep_measure, "append_result", append)
     measure_cells(sweep(tmp_path, None), CELLS[:2], costs(), SETTINGS, lambda: None)
     assert machine.lines == CELLS[:2]
+
+
+def test_the_clock_of_a_call_begins_with_its_process():
+    code = "import time; time.sleep(0.6); from common.sweep_time import process_seconds as s; "
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(s())"], cwd=ROOT / "experiments",
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert 0.6 <= float(done.stdout) <= time.monotonic() - started + 0.1, done.stderr
