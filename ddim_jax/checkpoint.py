@@ -30,10 +30,17 @@ class Checkpointer:
     Use it as a context manager, or call `close`, so that a save still under way is finished.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3):
-        """Saves into `directory`, made when needed, where the newest `keep` checkpoints stay."""
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1; got {keep}.")
+    def __init__(
+        self, directory: str | os.PathLike[str], *, keep: int = 3, keep_every: int | None = None
+    ):
+        """Saves into `directory`, made when needed, where the newest `keep` checkpoints stay.
+
+        So do, for ever, those whose step is a multiple of `keep_every`.
+        """
+        for name, value in (("keep", keep), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        self._keep_every = keep_every
         self.directory = local_path(directory, "directory", "folder").absolute()
         self._keep = keep
 
@@ -42,7 +49,9 @@ class Checkpointer:
         return ocp.CheckpointManager(
             self.directory,
             item_handlers=ocp.PyTreeCheckpointHandler(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=self._keep),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, keep_period=self._keep_every
+            ),
         )
 
     def all_steps(self) -> list[int]:

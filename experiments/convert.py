@@ -32,6 +32,7 @@ from ddim_jax.hashing import content_hash
 from ddim_jax.paths import AnyPath, Folder
 from ddim_jax.runs import ModelConfig, Run, RunSpec, ScheduleConfig, Weights, load_trained
 from ddim_jax.runs.folder import checkpoints, write_config
+from ddim_jax.runs.options import check_limits, option
 from ddim_jax.schedule import Spacing
 from ddim_jax.unet import UNet
 
@@ -61,7 +62,10 @@ class ConvertConfig:
     preset: Literal["cifar10", "celeba", "bedroom", "church"] = "cifar10"
     """The network of a file that --from ddim reads: it holds weights and no settings."""
     spacing: Spacing | None = None
-    """Sub-sequence to sample with; the preset's or diffusers' scheduler's if not given."""
+    """Sub-sequence to sample with; if not given the one that the paper's numbers of the data set
+    are of, which the preset or the name of a diffusers folder says, else its scheduler's."""
+    step: int | None = option(None, at_least=0)
+    """Which checkpoint of the workdir to write with --to; the newest if not given."""
     weights: Weights = "ema"
     """Averaged or raw; a set of which nothing says which it is gets this name."""
     last_class_is_null: bool = False
@@ -71,6 +75,7 @@ class ConvertConfig:
 
 def main(config: ConvertConfig) -> None:
     """Convert in the direction asked for."""
+    check_limits(config)
     match config.source, config.target:
         case "diffusers" | "ddim", None:
             _into_workdir(config)
@@ -94,6 +99,8 @@ class _Loaded(NamedTuple):
 def _into_workdir(config: ConvertConfig) -> None:
     if config.path is None:
         raise ValueError("path must be given with --from: the file, folder or hub id to read.")
+    if config.step is not None:
+        raise ValueError(f"step must be left out with --from, which makes one; got {config.step}.")
     load = _load_diffusers if config.source == "diffusers" else _load_ddim
     try:
         loaded = load(config.path, config)
@@ -101,8 +108,8 @@ def _into_workdir(config: ConvertConfig) -> None:
         raise ValueError(f"path {config.path} cannot be read: {error}") from error
 
     spec, workdir = loaded.spec, pathlib.Path(config.workdir)
-    if config.spacing is not None:
-        spec = dataclasses.replace(spec, spacing=config.spacing)
+    spacing, spacing_from = _spacing(config, spec)
+    spec = dataclasses.replace(spec, spacing=spacing)
     if config.last_class_is_null and config.source != "diffusers":
         raise ValueError("last_class_is_null must be left out without --from diffusers.")
     digest = content_hash(loaded.params)[:16]
@@ -110,6 +117,7 @@ def _into_workdir(config: ConvertConfig) -> None:
         "format": config.source,
         "path": config.path,
         **loaded.origin,
+        "spacing_from": spacing_from,
         "weights": config.weights,
         "weights_hash": digest,
     }
@@ -122,11 +130,25 @@ def _into_workdir(config: ConvertConfig) -> None:
         f"{loaded.origin['taken']}\nare the {config.weights} weights in {workdir}: "
         f"{_count(loaded.params)} parameters, hash {digest}; images {spec.image_shape}, "
         f"{spec.schedule_config.name} schedule of {spec.schedule_config.num_steps} steps, "
-        f"{spec.spacing} sub-sequence, predicts {spec.predicts}{_classes(spec)}"
+        f"{spec.spacing} sub-sequence ({spacing_from}), predicts {spec.predicts}{_classes(spec)}"
     )
     if left := loaded.origin.get("not_obeyed"):
         settings = ", ".join(f"{name} {value}" for name, value in left.items())
         print(f"Settings of its scheduler that sampling here does not follow: {settings}.")
+
+
+def _spacing(config: ConvertConfig, spec: RunSpec) -> tuple[Spacing, str]:
+    """The sub-sequence to sample with, and where it comes from."""
+    if config.spacing is not None:
+        return config.spacing, "by --spacing"
+    published = "the paper's for {}, appendix D.2"
+    if config.source == "ddim":
+        return spec.spacing, published.format(config.preset)
+    name = pathlib.Path(config.path or "").name.lower()
+    found = [preset for preset in IMAGE_SHAPES if preset in name]
+    if len(found) == 1 and spec.spacing == "uniform":  # one that a scheduler asks for otherwise
+        return PRESETS[found[0]][1].spacing, published.format(found[0]) + f", by the name {name}"
+    return spec.spacing, "timestep_spacing of its scheduler"
 
 
 def _classes(spec: RunSpec) -> str:
@@ -208,7 +230,7 @@ def _out_of_workdir(config: ConvertConfig) -> None:
     out = pathlib.Path(config.out)
     if out.exists():
         raise ValueError(f"out must not exist, so that nothing is overwritten; {out} does.")
-    run = load_trained(config.workdir, config.weights)
+    run = load_trained(config.workdir, config.weights, config.step)
     if not run.spec.codec.is_identity:
         raise ValueError(
             "the model must be of pixels, since neither format holds a codec; "
@@ -219,7 +241,7 @@ def _out_of_workdir(config: ConvertConfig) -> None:
     else:
         _save_ddim(out, run)
     print(
-        f"{config.weights} weights of step {run.step} of {config.workdir} are in {out}: "
+        f"{run.weights_called} of {config.workdir} are in {out}: "
         f"{_count(run.params.network)} parameters, hash {run.weights_hash}"
     )
     if run.spec.spacing != "uniform":

@@ -6,6 +6,7 @@ python experiments/fid_sweep.py table1-cifar10 --workdir W --stats stats.npz --o
 python experiments/fid_sweep.py --workdir W --stats stats.npz --out DIR --seeds 0 1 2
 python experiments/fid_sweep.py --workdir W --stats stats.npz --out DIR --samplers heun \
     --guidance-scales 1 3 --spacings uniform quadratic --metrics frechet kid precision_recall
+python experiments/fid_sweep.py --workdir W --stats stats.npz --out DIR --timesteps 999,749,499,249
 
 The rows are the product of samplers (and etas), guidance scales and spacings. One network
 compilation for each S, spacing and guidance scale serves all etas and seeds. Image i depends on
@@ -24,9 +25,10 @@ import time
 from typing import Annotated, Literal
 
 import tyro
-from common import cli
+from common import cli, times
 from common.measures import MetricOptions, check_different, open_measures
 from common.options import ModelOptions, SpacingOptions
+from common.sweep_about import about, command_of
 from common.sweep_draw import Drawer, image_programs
 from common.sweep_measure import Sweep, fitting_costs, measure_cells, print_estimate
 from common.sweep_page import write_report
@@ -40,7 +42,7 @@ from common.sweep_store import (
     write_settings,
 )
 from common.sweep_table import PaperTable
-from common.sweep_time import Clock
+from common.sweep_time import Clock, process_seconds
 
 from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.files import only_one_process
@@ -74,6 +76,9 @@ class SweepConfig(MetricOptions, SpacingOptions, ModelOptions):
     """Each row once for each of these scales; others than 1 need a model with classes."""
     spacings: tuple[Spacing, ...] = ()
     """Each row once for each of these sub-sequences, in place of --spacing."""
+    timesteps: tuple[str, ...] = ()
+    """Own lists of time indices, from noise to data, such as 900,600,300,0: each row once more for
+    each list, in the column of its length."""
     num_samples: int = option(50_000, at_least=2)
     """N, images behind each number: exactly as many."""
     seed: int = option(0, at_least=0, below=NUM_SEEDS)
@@ -100,7 +105,7 @@ _TABLE1 = SweepConfig(
     steps=(10, 20, 50, 100, 1000),
     etas=(0.0, 0.2, 0.5, 1.0, "sigma_hat"),
 )
-_TABLE3 = dataclasses.replace(_TABLE1, steps=(10, 20, 50, 100), etas=(0.0, 1.0), spacing="uniform")
+_TABLE3 = dataclasses.replace(_TABLE1, etas=(0.0, 1.0), spacing="uniform")
 
 TABLES: dict[str, tuple[str, SweepConfig]] = {
     "table1-cifar10": (
@@ -136,8 +141,7 @@ def main(config: SweepConfig, started: float | None = None) -> None:
     cells = [
         Cell(num_steps, sampler, eta, scale, spacing, seed)
         for seed in _seeds(config)  # outermost: a whole table of one seed comes first
-        for num_steps in config.steps
-        for spacing in config.spacings or (config.spacing or run.spec.spacing,)
+        for num_steps, spacing in _grids(config, run.spec.spacing)
         for scale in config.guidance_scales
         for sampler, eta in rows
     ]
@@ -159,7 +163,8 @@ def main(config: SweepConfig, started: float | None = None) -> None:
 
 def _rows(config: SweepConfig) -> list[tuple[str, float | None]]:
     """The samplers and their etas. Raises ValueError for settings that make no table."""
-    check_different("steps", config.steps)
+    if config.steps or not config.timesteps:
+        check_different("steps", config.steps)
     check_different("guidance_scales", config.guidance_scales)
     if config.spacings:
         check_different("spacings", config.spacings)
@@ -180,6 +185,16 @@ def _rows(config: SweepConfig) -> list[tuple[str, float | None]]:
     for name, eta in rows:
         named_sampler(name, eta or 0.0)  # refuses an unknown name, and an eta below 0
     return rows
+
+
+def _grids(config: SweepConfig, own: Spacing) -> list[tuple[int, str]]:
+    """S and spacing, or own list, of each column's rows; `own` is the model's spacing."""
+    lists = [times.list_from(text) for text in config.timesteps]
+    if lists:
+        check_different("timesteps", lists)
+    spacings = config.spacings or (config.spacing or own,)
+    named = [(num_steps, spacing) for num_steps in config.steps for spacing in spacings]
+    return named + [(times.length(text), text) for text in lists]
 
 
 def _seeds(config: SweepConfig) -> tuple[int, ...]:
@@ -207,7 +222,9 @@ def _measure_missing(sweep: Sweep, config: SweepConfig) -> None:
     missing = [cell for cell in sweep.cells if cell not in done]
     if not there and not missing:
         return
-    settings = wanted | {
+    command = command_of("experiments/fid_sweep.py", config)
+    settings = wanted | about(there, sweep.cells, config.workdir, command, config.paper)
+    settings |= {
         "spacing": there.get("spacing", sweep.cells[0].spacing),
         "seed": there.get("seed", sweep.cells[0].seed),
     }
@@ -223,5 +240,5 @@ def _measure_missing(sweep: Sweep, config: SweepConfig) -> None:
 
 if __name__ == "__main__":
     named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
-    began = time.monotonic() - time.process_time()  # loading the libraries counts
+    began = time.monotonic() - process_seconds()
     cli.run(lambda config: main(config, began), SweepConfig, TABLES if named else None)

@@ -67,8 +67,8 @@ def main(config: SameLatentConfig) -> None:
     print(_table(steps, distances))
     print(
         f"\nRoot mean squared difference of pixels on [0, 1] to the image of S = {steps[-1]}, mean "
-        f"over {config.num_images} latents; eta = 0 and {_ddpm(config)}, {config.weights} weights "
-        f"of step {run.step}, seed {config.seed}, run {run.fingerprint_id}."
+        f"over {config.num_images} latents; eta = 0 and {_ddpm(config)}, {run.weights_called}, "
+        f"seed {config.seed}, run {run.fingerprint_id}."
     )
     out = pathlib.Path(config.out)
     write_results(out, config, {"S": steps, "distances": distances}, run)

@@ -1,6 +1,7 @@
 """Draw images from a trained or converted model.
 
 python experiments/sample.py --workdir runs/digits --num-sample-steps 50 --out out/samples
+python experiments/sample.py --workdir runs/digits --timesteps 999 600 300 0 --out out/samples
 
 Images are written as they are drawn, image i from (seed, i) alone. A call that was killed, made
 again, goes on from there to the same files, and one with a larger --num-images adds to them.
@@ -21,6 +22,7 @@ from common.exact import exact
 from common.options import DrawOptions, ModelOptions, SamplerOptions, StepsOptions
 from common.progress import Progress
 from common.sample_set import RECORD, SampleSet, open_to_draw
+from common.times import shown, spelt, timesteps_of
 
 from ddim_jax.files import only_one_process
 from ddim_jax.keys import seed_key
@@ -51,6 +53,8 @@ class SampleConfig(DrawOptions, SamplerOptions, StepsOptions, ModelOptions):
     """Draw this class only; a network with K classes draws i % K if not given."""
     guidance_scale: float = 1.0
     """Classifier-free guidance: above 1 sharpens the classes, at two network evaluations a step."""
+    timesteps: tuple[int, ...] = ()
+    """The time indices themselves, from noise to data, in place of S and a sub-sequence."""
     save_npz: bool = False
     """Also write samples.npz, uint8 (N, H, W, C) under "images"."""
 
@@ -60,7 +64,7 @@ def main(config: SampleConfig) -> None:
     check_limits(config)
     name, rule, sampler = _sampler(config)
     run = config.load()
-    timesteps = run.spec.timesteps(config.num_sample_steps, config.spacing)
+    timesteps = timesteps_of(run.spec, *_grid(config, run))
     program = image_program(
         run.spec,
         timesteps,
@@ -84,19 +88,31 @@ def main(config: SampleConfig) -> None:
     kept = config.num_images - len(missing)
     print(
         f"{config.num_images} images in {out}{f' ({kept} of them were there)' if kept else ''}: "
-        f"{config.weights} weights of step {run.step}, "
-        f"S = {config.num_sample_steps} {config.spacing or run.spec.spacing}, {rule}, "
+        f"{run.weights_called}, "
+        f"S = {len(timesteps)} {shown(_grid(config, run)[1])}, {rule}, "
         f"{'x0 clipped, ' if config.clip_x0 else ''}"
         f"seed {config.seed}, run {run.fingerprint_id}, {seconds:.1f} s with compilation"
     )
 
 
+def _grid(config: SampleConfig, run: Run) -> tuple[int, str]:
+    """S, and the sub-sequence or own list. Raises ValueError where both are given."""
+    if not config.timesteps:
+        return config.num_sample_steps, config.spacing or run.spec.spacing
+    if config.spacing is not None:
+        raise ValueError(
+            f"spacing must be left out beside timesteps, which say all; got {config.spacing}."
+        )
+    return len(config.timesteps), spelt(config.timesteps)
+
+
 def _settings(config: SampleConfig, sampler: str, run: Run) -> dict[str, Any]:
     """All that decides the images."""
+    num_steps, spacing = _grid(config, run)
     return {
         "seed": config.seed,
-        "num_sample_steps": config.num_sample_steps,
-        "spacing": config.spacing or run.spec.spacing,
+        "num_sample_steps": num_steps,
+        "spacing": spacing,
         "sampler": sampler,
         "eta": config.eta if sampler == "ddim" else None,
         "label": config.label,

@@ -25,7 +25,7 @@ class ReportConfig:
     out: Annotated[Folder, tyro.conf.Positional]
     """The sweep's folder."""
     paper: PaperTable | None = None
-    """Show these numbers of the paper beside the sweep's."""
+    """Show these numbers of the paper beside the sweep's; those it was made with if not given."""
 
 
 def main(config: ReportConfig) -> None:

@@ -151,6 +151,17 @@ def test_the_last_few_are_kept_and_any_of_them_restores(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "200"]
     with pytest.raises(ValueError, match="keep must be at least 1; got 0"):
         Checkpointer(tmp_path, keep=0)
+    with pytest.raises(ValueError, match="keep_every must be at least 1; got 0"):
+        Checkpointer(tmp_path, keep_every=0)
+
+
+def test_every_so_many_are_kept_for_ever(tmp_path):
+    with Checkpointer(tmp_path, keep=2, keep_every=4) as checkpointer:
+        for step in range(1, 12):
+            checkpointer.save(step, {"x": np.float32(step)})
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [4, 8, 10, 11]
+        assert checkpointer.restore({"x": np.float32(0)}, 4) == {"x": 4}
 
 
 def test_a_part_restores_without_knowing_the_rest(tmp_path):

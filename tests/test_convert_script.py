@@ -75,6 +75,7 @@ def test_a_converted_folder_samples_and_converts_back_to_the_same_files(folder, 
         )
     )
     assert (tmp_path / "s" / "images" / "00001.png").is_file()
+    assert "converted ema weights, S = 2" in capsys.readouterr().out
 
     convert.main(ConvertConfig(workdir=str(workdir), target="diffusers", out=str(back)))
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
@@ -108,6 +109,25 @@ def test_the_schedulers_own_sub_sequence_is_kept_unless_another_is_given(
     assert read_config(tmp_path / "w")["spacing"] == ours
     from_diffusers(folder, tmp_path / "q", spacing="quadratic")
     assert read_config(tmp_path / "q")["spacing"] == "quadratic"
+
+
+@pytest.mark.parametrize(
+    "name, spacing, says",
+    [
+        ("ddpm-cifar10-32", "quadratic", "the paper's for cifar10, appendix D.2, by the name"),
+        ("ddpm-ema-bedroom-256", "uniform", "the paper's for bedroom, appendix D.2, by the name"),
+        ("mine", "uniform", "timestep_spacing of its scheduler"),
+    ],
+)
+def test_a_published_network_gets_the_sub_sequence_of_the_papers_numbers(
+    folder, tmp_path, name, spacing, says, capsys
+):
+    """As the paper's appendix D.2 has it: quadratic for CIFAR-10, linear for the others."""
+    from_diffusers(shutil.copytree(folder, tmp_path / name), tmp_path / "w")
+    config = read_config(tmp_path / "w")
+    assert config["spacing"] == spacing
+    assert config["converted_from"]["spacing_from"].startswith(says)
+    assert f"{spacing} sub-sequence ({says}" in capsys.readouterr().out
 
 
 def test_the_same_file_again_is_fine_and_another_model_is_refused(folder, tmp_path):

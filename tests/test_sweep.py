@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import hashlib
+import html
 import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,9 +29,10 @@ import fid_sweep
 import likelihood
 import make_statistics
 import sample
+import sweep_report
 import train_classifier
 import tyro
-from common import sweep_measure
+from common import sweep_measure, sweep_store
 from common.sweep_draw import Drawer, image_programs
 from common.sweep_store import Cell, read_results
 from common.sweep_table import rows_of
@@ -345,6 +348,9 @@ def test_a_sweep_of_other_settings_is_refused_and_left_alone(finished):
         ({"guidance_scales": (1.0, 3.0)}, "guidance_scale must be left out"),
         ({"seed": 1, "seeds": (0, 1)}, "seed and seeds must not both be given"),
         ({"seeds": (1, 1)}, "seeds must be one or more different values"),
+        ({"timesteps": ("9 x",)}, "timesteps must be time indices"),
+        ({"timesteps": ("9,0", "9 0")}, "timesteps must be one or more different values"),
+        ({"timesteps": ("0,9",)}, "timesteps must descend"),
         ({"seeds": (-1,)}, r"seeds must be in \[0, 4294967295\]; got -1"),
     ],
 )
@@ -466,6 +472,87 @@ def test_spacings_are_rows_that_a_later_call_may_add(finished, tmp_path):
     assert (new["spacing"], new["name"]) == ("trailing", "S0003_eta_0_trailing")
     assert new["values"] != before[0]["values"]
     assert "| DDIM, eta = 0, trailing |" in (out / "report.md").read_text()
+
+
+def test_an_own_list_is_a_row_with_the_number_of_the_images_that_sample_py_draws(
+    finished, stats, tmp_path, capsys
+):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    mine = dataclasses.replace(finished, out=str(out), etas=(0.0,), paper="cifar10")
+    fid_sweep.main(dataclasses.replace(mine, timesteps=("999,500 3",)))
+    (new,) = lines(out)[2:]
+    assert (new["S"], new["spacing"]) == (3, "999 500 3")
+    assert new["name"] == "S0003_eta_0_times_999-500-3"
+    assert "| DDIM, eta = 0, t = 999, 500, 3 |" in (out / "report.md").read_text()
+    draw(mine, tmp_path / "s", timesteps=(999, 500, 3))
+    printed = fid_py(tmp_path / "s" / "images", stats, capsys, "frechet")
+    assert new["values"] == pytest.approx(printed, rel=1e-3)
+    record = json.loads((tmp_path / "s" / "samples.json").read_text())
+    assert (record["num_sample_steps"], record["spacing"]) == (3, "999 500 3")
+    # A named sub-sequence, spelt out, is the same images.
+    draw(mine, tmp_path / "n", timesteps=(666, 333, 0))
+    (uniform,) = (x for x in lines(out) if x["spacing"] == "uniform" and x["eta"] == 0)
+    printed = fid_py(tmp_path / "n" / "images", stats, capsys, "frechet")
+    assert uniform["values"] == pytest.approx(printed, rel=1e-3)
+    with pytest.raises(ValueError, match="spacing must be left out beside timesteps"):
+        draw(mine, tmp_path / "b", timesteps=(999,), spacing="uniform")
+
+
+def test_a_sweep_of_a_model_that_trained_on_says_how_to_go_on(finished, tmp_path):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "model")
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    fit(dataclasses.replace(SMALL, workdir=str(workdir), max_steps=8))
+    mine = dataclasses.replace(finished, out=str(out), workdir=str(workdir), etas=(0.0, 1.0))
+    with pytest.raises(ValueError, match=r"step is 6 there and 8 now.* --step 6 among them"):
+        fid_sweep.main(mine)
+    fid_sweep.main(dataclasses.replace(mine, step=6))
+    assert [line["weights"]["step"] for line in lines(out)] == [6, 6, 6]
+    fid_sweep.main(dataclasses.replace(mine, out=str(tmp_path / "other")))
+    assert {line["weights"]["step"] for line in lines(tmp_path / "other")} == {8}
+
+
+def test_the_report_says_what_it_is_and_is_the_same_when_made_again(finished, tmp_path):
+    out = tmp_path / "out"
+    mine = dataclasses.replace(
+        finished, out=str(out), paper="cifar10", max_seconds=0.0, batch_size=21, timesteps=("9,0",)
+    )
+    fid_sweep.main(mine)  # one cell of four
+    text, page = ((out / f"report.{kind}").read_text() for kind in ("md", "html"))
+    run = load_trained(finished.workdir)
+    begun = json.loads((out / "sweep.json").read_text())["begun"]
+    command = next(x for x in text.splitlines() if x.startswith("Command: "))
+    for said in (
+        f"Model: {finished.workdir}, ema weights of step 6, hash {run.weights_hash[:12]}; "
+        f"fingerprint {run.fingerprint_id}.",
+        f"Begun {begun}. Not complete: 3 of 4 cells are missing, of S = 2, 3;",
+    ):
+        assert said in text and said in html.unescape(page)
+    python, path, *words = shlex.split(command.removeprefix("Command: "))
+    assert (python, path) == ("python", "experiments/fid_sweep.py")
+    assert tyro.cli(fid_sweep.SweepConfig, args=words) == mine
+    fid_sweep.main(dataclasses.replace(mine, max_seconds=None))
+    assert "Complete: all 4 cells are measured." in (out / "report.md").read_text()
+    assert f"Begun {begun}." in (out / "report.md").read_text()
+    copy = shutil.copytree(out, tmp_path / "copy", ignore=shutil.ignore_patterns("report.*"))
+    sweep_report.main(sweep_report.ReportConfig(out=str(copy)))
+    for name in ("report.md", "report.html"):
+        assert (copy / name).read_bytes() == (out / name).read_bytes()
+    # More that is asked for is missing until it is there; what was asked for before stays.
+    fid_sweep.main(dataclasses.replace(mine, etas=(0.5, 1.0)))
+    assert "Not complete: 3 of 8 cells are missing" in (out / "report.md").read_text()
+
+
+def test_numbers_that_end_while_the_next_cell_begins_are_no_error(tmp_path, monkeypatch):
+    """Its file is there when looked for, and gone when read."""
+    read = sweep_store.read_npz
+
+    def late(path, *arguments, **options):
+        path.unlink()
+        return read(path, *arguments, **options)
+
+    (tmp_path / "drawn.npz").write_bytes(b"")
+    monkeypatch.setattr(sweep_store, "read_npz", late)
+    assert sweep_store.load_progress(tmp_path, "S0003_eta_0", []).count == 0
 
 
 def test_seeds_are_cells_that_a_later_call_may_add_to_a_sweep_of_format_2(finished, tmp_path):
@@ -706,6 +793,10 @@ def test_an_old_sweep_goes_on_to_the_same_numbers(old_sweep, finished):
         json.loads((pathlib.Path(out) / "sweep.json").read_text())
         for out in (old_sweep.out, finished.out)
     ]
+    assert settings[0].pop("begun") is None  # nobody knows
+    del settings[1]["begun"]
+    for content in settings:
+        del content["model"], content["command"]  # which were asked for
     assert settings[0] == settings[1]
     report = (pathlib.Path(old_sweep.out) / "report.md").read_text()
     assert "| DDIM, eta = 0 |" in report and "| sigma-hat |" in report

@@ -112,6 +112,8 @@ def written(out: pathlib.Path, lines: list[dict], paper=None) -> pathlib.Path:
         ("celeba64", (1000, "sigma_hat"), 3.26),
         ("bedroom", (10, 1.0), 42.78),
         ("church", (50, 0.0), 10.84),
+        ("bedroom", (1000, 1.0), 6.36),
+        ("church", (1000, 1.0), 7.89),
     ],
 )
 def test_the_papers_numbers_are_found(paper, key, want):
@@ -121,7 +123,8 @@ def test_the_papers_numbers_are_found(paper, key, want):
 def test_the_presets_are_the_papers_protocol():
     for name, (_, preset) in fid_sweep.TABLES.items():
         wanted = {(s, eta) for s in preset.steps for eta in preset.etas}
-        assert wanted == paper_values(preset.paper).keys(), name
+        more = {(1000, 0.0)} if name.startswith("table3") else set()  # the paper has no DDIM there
+        assert wanted == paper_values(preset.paper).keys() | more, name
         assert preset.num_samples == 50_000
         assert preset.spacing == ("quadratic" if name == "table1-cifar10" else "uniform")
 
@@ -174,6 +177,23 @@ def test_the_table_has_ours_beside_the_papers_and_the_warning(report):
     assert "| sigma-hat | 368.4 (367.43) |" in text
     assert "compare the order of the methods" in text  # the paper's are FID, ours are not
     assert "N = 21 samples do not exceed the 64 feature dimensions" in text
+
+
+def test_the_papers_dotted_lines_are_named_where_they_are_drawn(report, tmp_path):
+    dotted = "Dotted: the paper's numbers"
+    assert dotted not in (report / "report.html").read_text()  # another distance than the paper's
+    lines = [line(_cell(10, eta), {"fid": 2.0}, measures={"fid": FD | {"title": "FID"}})
+             for eta in (0.0, 1.0)]  # fmt: skip
+    page = (written(tmp_path, lines, "cifar10") / "report.html").read_text()
+    assert dotted in page and page.count("<!-- the paper -->") == 1
+    assert dotted not in (written(tmp_path, lines) / "report.html").read_text()
+
+
+def test_converted_weights_are_of_no_step(tmp_path):
+    weights = LINE["weights"] | {"step": 0}
+    out = written(tmp_path, [line(_cell(10, 0.0), {"fd_pixels": 2.0}, weights=weights)])
+    text = (out / "report.md").read_text()
+    assert "converted ema weights, hash 001122334455" in text and "step 0" not in text
 
 
 def test_each_row_says_its_method_guidance_and_spacing(wide):

@@ -20,6 +20,7 @@ from ddim_jax.runs.hosts import join as join
 from ddim_jax.runs.load import Run as Run
 from ddim_jax.runs.load import Weights as Weights
 from ddim_jax.runs.load import load_trained as load_trained
+from ddim_jax.runs.load import weights_called as weights_called
 from ddim_jax.runs.log import Watcher as Watcher
 from ddim_jax.runs.spec import CODECS as CODECS
 from ddim_jax.runs.spec import SCHEDULES as SCHEDULES

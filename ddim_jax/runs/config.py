@@ -103,7 +103,9 @@ class TrainConfig:
     checkpoint_every: int = option(5_000, at_least=1, may_change=True)
     """Updates between two checkpoints."""
     keep_checkpoints: int = option(3, at_least=1, may_change=True)
-    """How many checkpoints to keep."""
+    """How many checkpoints to keep, the newest."""
+    keep_every: int = option(0, at_least=0, may_change=True)
+    """Updates between two checkpoints that are saved and kept for ever; 0 for none."""
     distributed: bool = option(False, may_change=True)
     """Train with the same command on other hosts; SLURM and Cloud TPU need no other option."""
     coordinator: str | None = option(None, may_change=True)

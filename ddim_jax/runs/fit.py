@@ -97,7 +97,9 @@ def _fit(config: TrainConfig, watchers: Sequence[Watcher], started: float) -> No
         parallel.together(lambda: first and stack.enter_context(only_one_process(job.workdir)))
         agree_on_workdir(job.workdir)
         parallel.together(lambda: first and _write_settings(job, description))
-        checkpointer = stack.enter_context(checkpoints(job.workdir, config.keep_checkpoints))
+        checkpointer = stack.enter_context(
+            checkpoints(job.workdir, config.keep_checkpoints, config.keep_every or None)
+        )
         start = checkpointer.latest_step() or 0
         replicas = _first_replicas(job, key, weights, template, checkpointer)
         _announce(job, template, start)
@@ -257,6 +259,7 @@ def _train(
             done = step == config.max_steps
             last = done or time.monotonic() - started > max_seconds
             saves = last or step % config.checkpoint_every == 0
+            saves |= config.keep_every > 0 and step % config.keep_every == 0
             draws = preview is not None and (done or step % config.sample_every == 0)
             # Lines and images come before the checkpoint: a run that is killed in between does
             # them again, and one that goes on after it would not.

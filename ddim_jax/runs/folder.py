@@ -37,7 +37,14 @@ from ddim_jax.runs.spec import RunSpec, described, spec_from
 FORMAT = 2
 RECORDED = frozenset({"rounding", "format", "init_from_hash", "versions", "unconditional"}) | {
     f"converted_from.{name}"
-    for name in ("taken", "file", "set", "scheduler", "not_obeyed")  # the weights have a hash
+    for name in (
+        "taken",
+        "file",
+        "set",
+        "scheduler",
+        "not_obeyed",
+        "spacing_from",
+    )  # the weights have a hash
 }
 """Written for the reader, or known from what is compared, and not compared."""
 DATA_CONTENT = "data_content"
@@ -215,9 +222,12 @@ def saved_steps(workdir: str | pathlib.Path) -> list[int]:
     return sorted(int(folder.name) for folder in folders if folder.name.isdecimal())
 
 
-def checkpoints(workdir: str | pathlib.Path, keep: int = 3) -> Checkpointer:
+def checkpoints(
+    workdir: str | pathlib.Path, keep: int = 3, keep_every: int | None = None
+) -> Checkpointer:
     """The checkpoints of a workdir."""
-    return Checkpointer(local_path(workdir, "workdir") / "checkpoints", keep=keep)
+    folder = local_path(workdir, "workdir") / "checkpoints"
+    return Checkpointer(folder, keep=keep, keep_every=keep_every)
 
 
 def load_spec(workdir: str | pathlib.Path) -> RunSpec:

@@ -123,11 +123,21 @@ class Run:
         return json.loads(json.dumps(facts))  # as it will be read: lists for tuples
 
     @property
+    def weights_called(self) -> str:
+        """What to call the weights in a sentence."""
+        return weights_called(self.weights, self.step)
+
+    @property
     def fingerprint_id(self) -> str:
         """Twelve digits that stand for the fingerprint."""
         return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[
             :12
         ]
+
+
+def weights_called(kind: str, step: int) -> str:
+    """What to call weights: "ema weights of step 6"; nobody knows the step of converted ones."""
+    return f"{kind} weights of step {step}" if step else f"converted {kind} weights"
 
 
 def _matmul_precision() -> str:

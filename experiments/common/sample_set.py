@@ -29,6 +29,7 @@ from ddim_jax.data.load import load_images
 from ddim_jax.data.source import ImageSource, decoding_threads
 from ddim_jax.files import differences, read_json, write_whole, written_whole
 from ddim_jax.paths import local_path
+from ddim_jax.runs import weights_called
 
 FORMAT = 1
 RECORD = "samples.json"
@@ -117,7 +118,7 @@ class SampleSet:
             f"class {c['label']}" if c.get("label") is not None else "",
             f"guidance {exact(c['guidance_scale'])}" if c["guidance_scale"] != 1 else "",
             "x0 clipped" if c["fingerprint"].get("clip_x0") else "",
-            f"{of['kind']} weights of step {of['step']}",
+            weights_called(of["kind"], of["step"]),
             f"run {c['fingerprint_id']}",
         ]
         return ", ".join(filter(None, parts))

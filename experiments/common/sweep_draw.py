@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, UInt8
 
 from common.measures import Features, Measure
 from common.sweep_store import Cell
+from common.times import timesteps_of
 from ddim_jax.keys import seed_key
 from ddim_jax.parallel import DeviceProgram, map_batches
 from ddim_jax.runs import DrawInputs, Run, RunSpec, image_program
@@ -34,7 +35,7 @@ def image_programs(spec: RunSpec, cells: Iterable[Cell]) -> dict[ProgramKey, Dev
     for cell in cells:
         key = num_steps, spacing, scale, own = program_key(cell)
         if key not in programs:
-            timesteps = spec.timesteps(num_steps, spacing)
+            timesteps = timesteps_of(spec, num_steps, spacing)
             make = ddim_or_sigma_hat if own is None else lambda name=own: named_sampler(name)
             programs[key] = image_program(spec, timesteps, make, guidance_scale=scale)
     return programs

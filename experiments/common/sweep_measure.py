@@ -109,15 +109,23 @@ def measure_cells(
             keep_drawn(sweep.out, name)
             if i > 0 and not sweep.clock.has(costs.numbers + costs.report):
                 break  # drawn it is, and the next call begins with its numbers
-            numbers = worker.submit(
-                append_result, sweep.out, cell, progress, sweep.drawer.measures, settings
-            )
+            numbers = worker.submit(_numbers, sweep, cell, progress, settings, costs)
         else:
             i = len(missing)
         if numbers is not None:
             print(describe(numbers.result()), flush=True)
     if i < len(missing):
         print("stopped, time is up; call again for what is missing")
+
+
+def _numbers(
+    sweep: Sweep, cell: Cell, progress: Progress, settings: Mapping[str, Any], costs: Costs
+) -> dict[str, Any]:
+    """Write the cell's line, and remember what that takes."""
+    started = time.monotonic()
+    line = append_result(sweep.out, cell, progress, sweep.drawer.measures, settings)
+    costs.numbers = time.monotonic() - started
+    return line
 
 
 def _least(sweep: Sweep, cell: Cell, costs: Costs) -> float:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import cycler
 import matplotlib
 
+from common.sweep_about import read_about, sentences
 from common.sweep_seeds import over_seeds
 from common.sweep_store import read_results
 from common.sweep_table import (
@@ -39,16 +40,23 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 
 def write_report(out: pathlib.Path, paper: PaperTable | None) -> None:
-    """Write report.md and report.html from the finished cells, if there are any."""
+    """Write report.md and report.html from the finished cells, if there are any.
+
+    The paper's table is the one the sweep was begun with, if not given. The same files give the
+    same bytes.
+    """
     lines = read_results(out)
     if not lines:
         return
-    theirs = paper_values(paper)
+    facts = read_about(out)
+    theirs = paper_values(paper or facts.get("paper"))
+    head = sentences(facts, lines)
     sections = [markdown_section(name, lines, theirs) for name in scores(lines)]
     (out / "report.md").write_text(
-        f"# {_title(lines)}\n\n{chr(10).join(sections)}\n{protocol(lines)}\n"
+        "\n".join([f"# {_title(lines)}\n", *(f"{x}\n" for x in head), *sections, protocol(lines)])
+        + "\n"
     )
-    (out / "report.html").write_text(_page(out, lines, theirs))
+    (out / "report.html").write_text(_page(out, lines, theirs, head))
 
 
 def _title(lines: Lines) -> str:
@@ -108,6 +116,8 @@ def _plot(
         paper = [(s, value) for s in steps if (value := papers_own(theirs, row, s)) is not None]
         if paper:
             axes.plot(*zip(*paper, strict=True), linestyle=":", color=ours.get_color())
+    if theirs and _shows_papers(name, lines, theirs):
+        axes.plot([], [], linestyle=":", color=GREY, label="the paper")
     axes.set(xscale="log", yscale=measure["axis"], xlabel=label, ylabel=measure["title"])
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
@@ -122,6 +132,22 @@ def _plot(
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
     return file.getvalue()
+
+
+def _legend(name: str, lines: Lines, theirs: PaperValues) -> str:
+    """What the lines of the plots are."""
+    found = ["Each line is a row of the table, each dot one of its cells."]
+    if len({line["seed"] for line in lines}) > 1:
+        found.append("Bars: the standard deviation over the seeds, to both sides of their mean.")
+    if _shows_papers(name, lines, theirs):
+        found.append("Dotted: the paper's numbers, in the colour of the same method.")
+    return " ".join(found)
+
+
+def _shows_papers(name: str, lines: Lines, theirs: PaperValues) -> bool:
+    return name == PAPER_COLUMN and any(
+        papers_own(theirs, row_of(x), x["S"]) is not None for x in lines
+    )
 
 
 def _inline_svg(svg: str, prefix: str) -> str:
@@ -164,9 +190,9 @@ img { display: block; width: 100%; height: auto; image-rendering: pixelated; }
 """
 
 
-def _page(out: pathlib.Path, lines: Lines, theirs: PaperValues) -> str:
-    """The whole report as one page without any other file."""
-    body = []
+def _page(out: pathlib.Path, lines: Lines, theirs: PaperValues, head: Iterable[str]) -> str:
+    """The whole report as one page without any other file; `head` says what the sweep is."""
+    body = [f'<p class="note">{html.escape(text)}</p>' for text in head]
     for name in scores(lines):
         body += [
             f"<h2>{html.escape(lines[0]['measures'][name]['title'])}</h2>",
@@ -175,6 +201,7 @@ def _page(out: pathlib.Path, lines: Lines, theirs: PaperValues) -> str:
             '<div class="plots">',
             *(_inline_svg(x, f"{name}{i}") for i, x in enumerate(_plots(name, lines, theirs))),
             "</div>",
+            f'<p class="note">{_legend(name, lines, theirs)}</p>',
         ]
     body += [
         "<h2>Samples</h2>",

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from common import sweep_format_1
+from common import sweep_format_1, times
 from common.exact import exact
 from common.measures import Measure
 from ddim_jax.checks import check_types
@@ -48,6 +48,7 @@ class Cell(NamedTuple):
     """None for all samplers but ddim."""
     guidance_scale: float
     spacing: str
+    """A name, or an own list (`common.times`), which belongs to its own S alone."""
     seed: int = 0
 
     def name(self, plain_spacing: str, plain_seed: int = 0) -> str:
@@ -57,7 +58,7 @@ class Cell(NamedTuple):
         if self.guidance_scale != 1:
             parts.append(f"guidance_{exact(self.guidance_scale)}")
         if self.spacing != plain_spacing:
-            parts.append(self.spacing)
+            parts.append(times.file_name(self.spacing))
         if self.seed != plain_seed:
             parts.append(f"seed_{self.seed}")
         return "_".join(parts)
@@ -73,6 +74,8 @@ class Cell(NamedTuple):
         Its one step was from t = 0, where there is no noise, and a quadratic list of T repeated
         the low indices.
         """
+        if times.is_list(self.spacing):
+            return False
         if self.num_steps == 1:
             return self.spacing != "trailing"
         return self.num_steps == num_steps and self.spacing == "quadratic"
@@ -146,20 +149,29 @@ def find_settings(
         wanted = sweep_format_1.comparable(wanted, run)
     wanted = {**wanted, "batch_size": batch_size or there.get("batch_size")}
     ignored = {"format", "fingerprint_id", "spacing", "seed"}  # the latter two are the cells'
+    ignored |= {"model", "begun", "command", "cells", "paper"}  # for the report alone
     # Where those images stood is not what decides: their statistics' hash is compared.
     ignored |= {f"measures.{column}.statistics_of" for column in wanted["measures"]}
     if differ := differences(there, json.loads(json.dumps(wanted)), ignored):
         raise ValueError(
             f"out {out} holds another sweep: {'; '.join(differ)}. Give the same settings to "
-            "continue it, or another folder."
+            f"continue it{_step_there(there, wanted)}, or another folder."
         )
     return there
+
+
+def _step_there(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """How to go on with a sweep of a model that has trained on since."""
+    old, new = (x["fingerprint"].get("weights", {}).get("step") for x in (there, wanted))
+    return "" if old == new else f", --step {old} among them since the model has trained on"
 
 
 _SETTINGS = {
     **dict.fromkeys(("batch_size", "num_samples", "seed", "kept_features"), int),
     **dict.fromkeys(("measures", "fingerprint", "weights"), dict),
-    "spacing": str,
+    **dict.fromkeys(("spacing", "model", "command"), str),
+    "cells": list,
+    **dict.fromkeys(("paper", "begun"), str | None),
 }
 
 
@@ -364,7 +376,7 @@ def _read_progress(path: pathlib.Path, name: str, measures: Sequence[Measure]) -
     way_out = "Delete it to draw this cell again."
     try:
         arrays = read_npz(path, "a cell under way", way_out=way_out)
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         if path.exists():
             raise
         return None  # just now its numbers were done

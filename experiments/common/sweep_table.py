@@ -7,8 +7,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from common import times
 from common.exact import exact
 from common.sweep_seeds import Line, Lines, over_seeds, seeds_of
+from ddim_jax.runs import weights_called
 
 PaperTable: TypeAlias = Literal["cifar10", "celeba64", "bedroom", "church"]
 PaperValues: TypeAlias = Mapping[tuple[int, float | str], float]
@@ -26,11 +28,14 @@ def paper_values(paper: PaperTable | None) -> PaperValues:
     tables = json.loads(PAPER_TABLES.read_text())
     (table,) = (t for t in (tables["table1_fid"], tables["table3_fid"]) if paper in t)
     rows = {key: row for key, row in table[paper].items() if isinstance(row, list)}
-    return {
+    values: dict[tuple[int, float | str], float] = {
         (num_steps, "sigma_hat" if key == "sigma_hat" else float(key)): value
         for key, row in rows.items()
         for num_steps, value in zip(table["S"], row, strict=True)
     }
+    if (whole_chain := table[paper].get("ddpm_1000")) is not None:
+        values[1000, 1.0] = whole_chain  # DDPM's own, of Table 3's caption; eta = 1 is its variance
+    return values
 
 
 # ---------------------------------------------------------------------------------------------
@@ -61,7 +66,7 @@ def row_of(line: Line) -> Row:
 
 def papers_own(theirs: PaperValues, row: Row, num_steps: int) -> float | None:
     """The paper's number of a row and S, where it has one."""
-    if row.guidance_scale != 1:
+    if row.guidance_scale != 1 or times.is_list(row.spacing):
         return None
     return theirs.get((num_steps, row.sampler if row.eta is None else row.eta))
 
@@ -81,8 +86,8 @@ def rows_of(lines: Lines) -> dict[Row, str]:
         parts = [row.method]
         if row.guidance_scale != 1:
             parts.append(f"guidance {exact(row.guidance_scale)}")
-        if len(spacings) > 1:
-            parts.append(row.spacing)
+        if len(spacings) > 1 or times.is_list(row.spacing):
+            parts.append(times.shown(row.spacing))
         return ", ".join(parts)
 
     return {row: name(row) for row in sorted(rows, key=order)}
@@ -232,11 +237,11 @@ def protocol(lines: Lines) -> str:
     """Everything the numbers depend on, in a sentence or two."""
     line = lines[0]
     weights = line["weights"]
-    spacings = " and ".join(dict.fromkeys(line["spacing"] for line in lines))
+    spacings = " and ".join(dict.fromkeys(times.shown(line["spacing"]) for line in lines))
     runs = [i for i in dict.fromkeys(line.get("fingerprint_id") for line in lines) if i]
     return (
-        f"N = {line['num_samples']} samples, {spacings} sub-sequence, {weights['kind']} "
-        f"weights {weights['hash'][:12]} of step {weights['step']}, "
+        f"N = {line['num_samples']} samples, {spacings} sub-sequence, "
+        f"{weights_called(weights['kind'], weights['step'])}, hash {weights['hash'][:12]}, "
         + (f"run {' and '.join(runs)}, " if runs else "")
         + f"{_seeds(lines)}, pixels rounded to {line['rounding']}, batches of "
         f"{line['batch_size']}. {'. '.join(_measured(line))}. {line['device']}; "

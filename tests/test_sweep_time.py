@@ -1,0 +1,117 @@
+"""A sweep's estimate and its stop, by a clock that the test moves."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro")
+
+from common import sweep_draw, sweep_measure, sweep_time
+from common.sweep_draw import Batch, Drawer, program_key
+from common.sweep_measure import Sweep, measure_cells
+from common.sweep_store import Cell
+from common.sweep_time import Clock, Costs
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CELLS = [Cell(s, "ddim", eta, 1.0, "uniform") for s in (10, 20) for eta in (0.0, 1.0)]
+HEUN = Cell(10, "heun", None, 1.0, "uniform")
+SETTINGS = {"spacing": "uniform", "seed": 0, "batch_size": 10}
+
+
+def costs() -> Costs:
+    """3 s for a program, 0.1 for a network call, 0.5 beside the calls, 2 for the numbers."""
+    return Costs(compiling=3.0, call=0.1, rest=0.5, numbers=2.0, report=1.0)
+
+
+def test_an_estimate_is_the_sum_of_its_parts_each_as_often_as_it_comes(monkeypatch):
+    """By hand: two programs, five batches to a cell with the features once each, four numbers."""
+    monkeypatch.setattr(sweep_time.jax, "default_backend", lambda: "cpu")
+    drawing = 5 * (2 * (10 * 0.1 + 0.5) + 2 * (20 * 0.1 + 0.5))
+    assert costs().all_of(CELLS, set(), 5) == pytest.approx(2 * 3 + drawing + 4 * 2 + 1)
+    compiled = {program_key(CELLS[0])}
+    assert costs().all_of(CELLS, compiled, 5) == pytest.approx(3 + drawing + 4 * 2 + 1)
+    # Heun has 19 calls, and the network in its program about twice.
+    assert costs().all_of([HEUN], set(), 1) == pytest.approx(3 * 1.9 + 1.9 + 0.5 + 2 + 1)
+    # Beside an accelerator the host's part is hidden, but for the last cell's numbers.
+    monkeypatch.setattr(sweep_time.jax, "default_backend", lambda: "gpu")
+    assert costs().all_of(CELLS, set(), 5) == pytest.approx(2 * 3 + drawing + 2 + 1)
+
+
+class Time:
+    """A machine on which all takes what the test says, and a clock of it."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.batches, self.lines = 0.0, 0, []
+        clock = types.SimpleNamespace(monotonic=lambda: self.now)
+        for module in (sweep_measure, sweep_time, sweep_draw):
+            monkeypatch.setattr(module, "time", clock)
+        monkeypatch.setattr(Drawer, "compile", lambda *given: self.compile(*given))
+        monkeypatch.setattr(Drawer, "draw", lambda *given: self.draw(*given))
+        monkeypatch.setattr(sweep_measure, "describe", str)
+        monkeypatch.setattr(sweep_measure, "append_result", self.append)
+
+    def compile(self, drawer, cell, batch_size):
+        self.now += 3.0
+        return 3.0
+
+    def draw(self, drawer, cell, batches, is_shown):
+        for indices in batches:
+            self.now += 0.1 * cell.num_steps + 0.5
+            self.batches += 1
+            yield Batch(None, np.ones(len(indices), bool), {})
+
+    def append(self, out, cell, *arguments):
+        self.now += 2.0
+        self.lines.append(cell)
+        return {"cell": cell}
+
+
+def sweep(tmp_path, max_seconds: float | None) -> Sweep:
+    drawer = Drawer(None, [], {})  # pyright: ignore
+    return Sweep(tmp_path, drawer, CELLS, 50, 10, False, Clock(0.0, max_seconds))
+
+
+@pytest.mark.parametrize("max_seconds", [20.0, 35.0, 50.0])
+def test_a_stop_is_within_a_tenth_whatever_is_under_way(tmp_path, monkeypatch, max_seconds):
+    machine = Time(monkeypatch)
+    given = sweep(tmp_path, max_seconds)
+    measure_cells(given, CELLS, costs(), SETTINGS, lambda: None)
+    ended = machine.now + 1.0  # the report
+    assert 0.7 * max_seconds < ended <= 1.1 * max_seconds, machine.batches
+    assert machine.batches < 20
+
+
+def test_a_cells_numbers_are_computed_while_the_next_is_drawn(tmp_path, monkeypatch):
+    """The first cell's end only after the second has begun; one after the other would hang."""
+    machine, begun = Time(monkeypatch), threading.Event()
+
+    def draw(drawer, cell, *rest):
+        if cell == CELLS[1]:
+            begun.set()
+        yield from machine.draw(drawer, cell, *rest)
+
+    def append(out, cell, *arguments):
+        assert begun.wait(timeout=20), "the next cell is drawn after the numbers only"
+        return machine.append(out, cell, *arguments)
+
+    monkeypatch.setattr(Drawer, "draw", draw)
+    monkeypatch.setattr(sweep_measure, "append_result", append)
+    measure_cells(sweep(tmp_path, None), CELLS[:2], costs(), SETTINGS, lambda: None)
+    assert machine.lines == CELLS[:2]
+
+
+def test_the_clock_of_a_call_begins_with_its_process():
+    code = "import time; time.sleep(0.6); from common.sweep_time import process_seconds as s; "
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(s())"], cwd=ROOT / "experiments",
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert 0.6 <= float(done.stdout) <= time.monotonic() - started + 0.1, done.stderr
