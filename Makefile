@@ -12,8 +12,9 @@ setup: $(VENV)/installed  ## create .venv and install everything the scripts and
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[experiments,dev]'
+	@echo "installing into $(VENV), a minute or more"
+	$(RUN) -m pip install --upgrade pip
+	$(RUN) -m pip install --constraint constraints.txt --editable '.[experiments,dev]'
 	touch $@
 
 demo: setup  ## train on handwritten digits, sample with DDIM and DDPM, show the paper's claim

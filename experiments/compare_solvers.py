@@ -225,7 +225,7 @@ def _draw(path: pathlib.Path, config: CompareConfig, convergence, calls, few, en
         share = np.full(len(x_0), 1 / (len(x_0) * (bins[1] - bins[0])))  # of all, outside too
         right.hist(x_0, bins, weights=share, histtype="step", linewidth=1.5, label=label)
     right.set_title(f"density of the samples of S = {FEW_STEPS}", fontsize=10)
-    right.set(xlabel="x_0", ylabel="density", ylim=(0, 1.35 * density.max()))
+    right.set(xlabel="x_0", ylabel="density", ylim=(0, 1.35 * float(np.max(density))))
     right.legend(fontsize=8, loc="upper right")
     figures.save(figure, path)
 

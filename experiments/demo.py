@@ -10,29 +10,36 @@ by the pixels themselves.
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import fid_sweep
 import jax
 import jax.numpy as jnp
 import make_statistics
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import train
 import train_classifier
-from common import cli, pictures
+from common import cli, figures
+from common.sweep_seeds import Lines, over_seeds
 from common.sweep_store import read_results
 from common.sweep_table import markdown_section, protocol, row_of, rows_of, scores
+from matplotlib import ticker
 from presets import PRESETS
 
-from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.data.load import load_images
 from ddim_jax.data.pixels import to_model_range
 from ddim_jax.data.stream import sequential_batches
 from ddim_jax.keys import initial_noise, seed_key
+from ddim_jax.metrics.classifier import (
+    ClassifierOutput,
+    TrainedClassifier,
+    apply_classifier,
+    load_classifier,
+)
 from ddim_jax.metrics.features import CLASSIFIER_FILE, FeatureName
 from ddim_jax.metrics.frechet import frechet_distance_from_features
 from ddim_jax.paths import Folder
@@ -48,13 +55,12 @@ from ddim_jax.runs import (
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.samplers import ddim_or_sigma_hat, sample_trajectory
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib import ticker
-
 BATCH = 112
 PICTURE_BATCH = 8
-"""Images drawn at once for the pictures, which show 8 or 64."""
+"""Images drawn at once for the pictures."""
+NUM_JUDGED = 256
+"""Samples whose classes the classifier is asked for."""
+TRAIN_STEPS, NUM_SAMPLES = 5000, 256
 Drawer = Callable[[int, float], np.ndarray]
 """(num_images, eta) -> uint8 images."""
 
@@ -67,12 +73,12 @@ class DemoConfig:
     """Where the model, the pictures and the table go."""
     steps: tuple[int, ...] = (5, 10, 20, 50, 100)
     """Numbers of sampling steps S."""
-    num_samples: int = option(448, at_least=2)
-    """Samples behind each number of the table."""
-    train_steps: int = option(1200, at_least=1)
+    num_samples: int = option(NUM_SAMPLES, at_least=2)
+    """Samples behind each number of the table, of each seed."""
+    train_steps: int = option(TRAIN_STEPS, at_least=1)
     """Updates of the training run."""
-    seed: int = option(0, at_least=0, below=NUM_SEEDS)
-    """Of everything."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """The first is of the training and the pictures too; the table has mean and spread of all."""
 
 
 def main(config: DemoConfig) -> None:
@@ -84,9 +90,14 @@ def main(config: DemoConfig) -> None:
         PRESETS["digits"][1],
         workdir=str(out / "model"),
         max_steps=config.train_steps,
-        seed=config.seed,
+        seed=config.seeds[0] if config.seeds else 0,
+    )
+    gflops = _yardstick()
+    print(
+        f"a fixed matrix product: {gflops:.0f} GFLOP/s; training first, then sampling", flush=True
     )
     train.main(recipe)
+    trained = time.monotonic() - started
     stats = [_statistics(out, features) for features in ("classifier", "pixels")]
     fid_sweep.main(
         fid_sweep.SweepConfig(
@@ -97,26 +108,66 @@ def main(config: DemoConfig) -> None:
             etas=(0.0, 0.5, 1.0, "sigma_hat"),
             spacing="uniform",
             num_samples=config.num_samples,
-            seed=config.seed,
+            seeds=config.seeds,
             batch_size=BATCH,
         )
     )
-
-    _draw_everything(out, load_trained(recipe.workdir), config)
+    measured = time.monotonic() - started
+    timing = (
+        f"In the last call training took {trained:.0f} s, all but the pictures {measured:.0f} s, on "
+        f"{os.cpu_count()} CPU cores that multiply two fixed matrices of float32 at "
+        f"{gflops:.0f} GFLOP/s."
+    )
+    _draw_everything(out, load_trained(recipe.workdir), config, timing)
     print(f"{time.monotonic() - started:.0f} s in all; see {out / 'README.md'}")
 
 
-def _draw_everything(out: pathlib.Path, run: Run, config: DemoConfig) -> None:
+def _draw_everything(out: pathlib.Path, run: Run, config: DemoConfig, timing: str) -> None:
     """The pictures, and the README that shows them."""
-    draw = {num_steps: _drawer(run, num_steps, config.seed) for num_steps in config.steps}
+    draw = {s: _drawer(run, s, config.seeds[0]) for s in config.steps}
     real = np.concatenate([b["image"] for b in sequential_batches(load_images("digits"), 1024)])
-    floor = _pixel_distance(real[::2], real[1::2])
+    classifier = load_classifier(out / "classifier" / CLASSIFIER_FILE)
+    features = {
+        "fd_classifier": _seen(classifier, real).features,
+        "fd_pixels": to_model_range(real).reshape(len(real), -1),
+    }
+    floors = {
+        name: frechet_distance_from_features(np.asarray(x[::2]), np.asarray(x[1::2]))
+        for name, x in features.items()
+    }
     lines = read_results(out / "sweep")
-    _plot_distances(out / "distance.png", lines, floor)
-    _draw_real_beside_samples(out / "real_and_samples.png", real[:64], draw[max(config.steps)])
+    most = max(config.steps)
+    samples = draw[most](NUM_JUDGED, 0.0)
+    sure = {
+        "real digits": _confidence(classifier, real),
+        f"DDIM samples of S = {most}": _confidence(classifier, samples),
+    }
+    _plot_distances(out / "distance.png", lines, floors)
+    _draw_real_beside_samples(out / "real_and_samples.png", real[:64], samples[:64], most)
     _draw_consistency(out / "consistency.png", draw)
-    _draw_denoising(out / "denoising.png", run, config.seed)
-    (out / "README.md").write_text(_report(lines, floor))
+    _draw_denoising(out / "denoising.png", run, config.seeds[0])
+    (out / "README.md").write_text(_report(lines, floors, sure, timing))
+
+
+def _seen(classifier: TrainedClassifier, images: np.ndarray) -> ClassifierOutput:
+    return apply_classifier(classifier.model, classifier.params, images)
+
+
+def _confidence(classifier: TrainedClassifier, images: np.ndarray) -> float:
+    """Mean probability that the classifier gives to the class it takes an image for."""
+    return float(jax.nn.softmax(_seen(classifier, images).logits).max(axis=-1).mean())
+
+
+def _yardstick() -> float:
+    """GFLOP/s of a product of two 1024 x 1024 matrices of float32, the best of ten."""
+    a = jnp.ones((1024, 1024))
+    product = jax.jit(jnp.matmul)
+    seconds = []
+    for _ in range(11):  # the first compiles
+        started = time.perf_counter()
+        product(a, a).block_until_ready()
+        seconds.append(time.perf_counter() - started)
+    return 2 * 1024**3 / min(seconds[1:]) / 1e9
 
 
 def _statistics(out: pathlib.Path, features: FeatureName) -> str:
@@ -142,50 +193,49 @@ def _drawer(run: Run, num_steps: int, seed: int) -> Drawer:
     return draw
 
 
-def _pixel_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """What fd_pixels is between two sets of images."""
-    flat = (to_model_range(x).reshape(len(x), -1) for x in (a, b))
-    return frechet_distance_from_features(*map(np.asarray, flat))
-
-
-def _plot_distances(path: pathlib.Path, lines: list[dict[str, Any]], floor: float) -> None:
-    """Distance against S, one panel for each kind of feature."""
-    names = scores(lines)
-    figure, panels = plt.subplots(1, len(names), figsize=(9, 4), layout="constrained")
+def _plot_distances(path: pathlib.Path, lines: Lines, floors: Mapping[str, float]) -> None:
+    """Distance against S, one panel for each kind of feature; bars are the spread of the seeds."""
+    names, cells = scores(lines), over_seeds(lines)
+    figure, panels = plt.subplots(1, len(names), figsize=(9.5, 4.2), layout="constrained")
     for axes, name in zip(panels, names, strict=True):
         for row, title in rows_of(lines).items():
-            cells = [line for line in lines if row_of(line) == row]
-            steps, values = zip(*((x["S"], x["values"][name]) for x in cells), strict=True)
-            axes.plot(steps, values, marker="o", label=title)
-        axes.set(xscale="log", yscale="log", xlabel="sampling steps S", ylabel=name)
+            own = [x for x in cells if row_of(x) == row]
+            steps, values = [x["S"] for x in own], [x["values"][name] for x in own]
+            spread = [x["spread"].get(name, 0.0) for x in own]
+            axes.errorbar(steps, values, spread, marker="o", markersize=4, capsize=3, label=title)
+        axes.axhline(floors[name], color="grey", linestyle=":", label="two halves of real digits")
+        axes.set(xscale="log", yscale="log", xlabel="sampling steps S", title=name)
         axes.set_xticks(steps, [str(s) for s in steps])
-        if name == "fd_pixels":
-            axes.axhline(floor, color="grey", linestyle=":", label="two halves of the real digits")
         axes.minorticks_off()
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-    panels[-1].legend()
-    figure.suptitle("The same network, sampled in S steps")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figures.save(figure, path)
 
 
-def _draw_real_beside_samples(path: pathlib.Path, real: np.ndarray, draw: Drawer) -> None:
-    """Real digits left, DDIM samples right."""
-    _save_side_by_side(path, pictures.tile(real, 8), pictures.tile(draw(64, 0.0), 8))
+def _draw_real_beside_samples(
+    path: pathlib.Path, real: np.ndarray, samples: np.ndarray, num_steps: int
+) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained")
+    for axes, images, title in (
+        (left, real, "real digits"),
+        (right, samples, f"DDIM samples, S = {num_steps}, eta = 0"),
+    ):
+        figures.show_images(axes, images.reshape(8, 8, *images.shape[1:]), title=title)
+    figures.save(figure, path)
 
 
 def _draw_consistency(path: pathlib.Path, draw: dict[int, Drawer]) -> None:
     """Each row one x_T, each column one S: DDIM left, DDPM right (section 5.2)."""
-    panels = []
-    for eta in (0.0, 1.0):
-        rows = np.stack([drawer(8, eta) for drawer in draw.values()], axis=1)
-        panels.append(pictures.tile(rows.reshape(-1, *rows.shape[2:]), len(draw)))
-    _save_side_by_side(path, *panels)
-
-
-def _save_side_by_side(path: pathlib.Path, left: np.ndarray, right: np.ndarray) -> None:
-    pictures.save_png(path, pictures.enlarge(pictures.beside(left, right), 560))
+    figure, panels = plt.subplots(1, 2, figsize=(8, 6.4), layout="constrained")
+    for axes, (title, eta) in zip(panels, (("DDIM", 0.0), ("DDPM", 1.0)), strict=True):
+        figures.show_images(
+            axes,
+            np.stack([drawer(8, eta) for drawer in draw.values()], axis=1),
+            columns=[f"S = {num_steps}" for num_steps in draw],
+            title=f"{title}, eta = {eta:g}: each row from one x_T",
+        )
+    figures.save(figure, path)
 
 
 def _draw_denoising(path: pathlib.Path, run: Run, seed: int) -> None:
@@ -199,38 +249,45 @@ def _draw_denoising(path: pathlib.Path, run: Run, seed: int) -> None:
         )
     )(run.params, x_T)
     shown = np.linspace(0, 49, 10).round().astype(int)
-    # (states or predictions, step, image, ...) -> image, states or predictions, step
+    # (states or predictions, step, image, ...) -> (image and states or predictions, step, ...)
     both = checked_images(to_pixels(jnp.stack([states[:-1][shown], x0s[shown]])))
-    rows = both.transpose(2, 0, 1, 3, 4, 5)
-    pictures.save_png(
-        path, pictures.enlarge(pictures.tile(rows.reshape(-1, *rows.shape[3:]), 10), 560)
+    rows = both.transpose(2, 0, 1, 3, 4, 5).reshape(8, 10, *both.shape[3:])
+    figure, axes = plt.subplots(figsize=(8, 6.6), layout="constrained")
+    figures.show_images(
+        axes,
+        rows,
+        rows=["x_t", "x0_hat"] * 4,
+        columns=[f"t={t}" for t in timesteps[shown]],
+        title="denoising in 50 steps: the state, and the image that the network sees in it",
     )
+    figures.save(figure, path)
 
 
-def _report(lines: list[dict[str, Any]], floor: float) -> str:
+def _report(
+    lines: Lines, floors: Mapping[str, float], sure: Mapping[str, float], timing: str
+) -> str:
     tables = "\n".join(markdown_section(name, lines, {}) for name in scores(lines))
+    halves = ", ".join(f"{floor:.3g} by {name}" for name, floor in floors.items())
+    judged = ", ".join(f"{value:.3f} for {name}" for name, value in sure.items())
     return f"""# DDIM on handwritten digits
 
 {tables}
-{protocol(lines)} By fd_pixels the two halves of the real digits are
-{floor:.3f} apart.
+{protocol(lines)} Two halves of the real digits are apart {halves}. The
+classifier's mean confidence is {judged}.
 
 ![distance against steps](distance.png)
 
-Real digits left, DDIM samples right:
-
 ![real digits and samples](real_and_samples.png)
 
-One row is one x_T, one column one S of the table. DDIM (left) draws the same digit whatever S is;
-DDPM (right) draws another each time:
+DDIM draws the same digit whatever S is; DDPM draws another each time:
 
 ![consistency](consistency.png)
-
-Denoising in 50 steps: x_t, and below it the network's x0_hat.
 
 ![denoising](denoising.png)
 
 sweep/report.html shows every cell of the tables; the model is in model/.
+
+{timing}
 """
 
 

@@ -49,6 +49,8 @@ def test_what_was_done_before_is_counted_but_sets_no_pace(clock):
         progress.add(25)
     assert progress.seconds_left() == pytest.approx(10)
     assert progress.line().startswith("train.py: 350 of 400 steps")
+    progress.skip(25)
+    assert progress.seconds_left() == pytest.approx(5)
 
 
 def test_without_a_terminal_lines_come_while_a_batch_is_running(monkeypatch, capsys):

@@ -73,6 +73,12 @@ class Progress:
         if self._bar is not None:
             self._bar.update(count)
 
+    def skip(self, count: int) -> None:
+        """So much more turns out to have been done before this call."""
+        self._before += count
+        if self._bar is not None:
+            self._bar.update(count)
+
     def each(self, items: Iterable[T]) -> Iterator[T]:
         """The items, one counted as each is asked for after it."""
         for item in items:

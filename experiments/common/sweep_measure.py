@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from common import pictures
+from common.progress import Progress as Bar
 from common.sweep_draw import Drawer, program_key
 from common.sweep_store import (
     Cell,
@@ -91,16 +92,19 @@ def measure_cells(
     The numbers of a cell are computed while the next one is drawn. What takes minutes shows a
     report after the first.
     """
-    with concurrent.futures.ThreadPoolExecutor(1) as worker:
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as worker,
+        Bar("fid_sweep.py", _calls(sweep, missing), "network calls") as bar,
+    ):
         numbers = None
         for i, cell in enumerate(missing):
             if i > 0 and not sweep.clock.has(_least(sweep, cell, costs)):
                 break
             _compile(sweep, cell, costs, settings["batch_size"])
             name = cell.name(settings["spacing"], settings["seed"])
-            progress = _draw(sweep, cell, name, settings["batch_size"], costs)
+            progress = _draw(sweep, cell, name, settings["batch_size"], costs, bar)
             if numbers is not None:
-                print(describe(numbers.result()), flush=True)
+                bar.say(describe(numbers.result()))
                 numbers = None
                 if i == 1 and _remaining(sweep, missing[i:], costs, settings) > REPORT_EARLY:
                     _time_report(costs, write_report)
@@ -113,7 +117,7 @@ def measure_cells(
         else:
             i = len(missing)
         if numbers is not None:
-            print(describe(numbers.result()), flush=True)
+            bar.say(describe(numbers.result()))
     if i < len(missing):
         print("stopped, time is up; call again for what is missing")
 
@@ -126,6 +130,10 @@ def _numbers(
     line = append_result(sweep.out, cell, progress, sweep.drawer.measures, settings)
     costs.numbers = time.monotonic() - started
     return line
+
+
+def _calls(sweep: Sweep, cells: list[Cell]) -> int:
+    return sweep.num_samples * sum(cell.network_calls() for cell in cells)
 
 
 def _least(sweep: Sweep, cell: Cell, costs: Costs) -> float:
@@ -152,10 +160,11 @@ def _time_report(costs: Costs, write_report: Callable[[], None]) -> None:
     costs.report = time.monotonic() - started
 
 
-def _draw(sweep: Sweep, cell: Cell, name: str, batch_size: int, costs: Costs) -> Progress:
+def _draw(sweep: Sweep, cell: Cell, name: str, batch_size: int, costs: Costs, bar: Bar) -> Progress:
     """Draw the cell from where it stands, until it is done or time is up."""
     measures, total = sweep.drawer.measures, sweep.num_samples
     progress = load_progress(sweep.out, name, measures)
+    bar.skip(progress.count * cell.network_calls())
     before, started = progress.seconds, time.monotonic()
     # Whole batches, the last one too: then every call runs the same program, to the same bits.
     whole = -(-total // batch_size) * batch_size
@@ -182,6 +191,7 @@ def _draw(sweep: Sweep, cell: Cell, name: str, batch_size: int, costs: Costs) ->
         seconds = time.monotonic() - started
         costs.seen[program_key(cell)] = seconds / number
         progress = Progress(progress.count + len(indices), before + seconds, states)
+        bar.add(len(indices) * cell.network_calls())
         if number % sweep.save_every == 0:
             save_progress(sweep.out, name, progress)
     if batches:
