@@ -114,7 +114,7 @@ def main(config: DemoConfig) -> None:
     )
     measured = time.monotonic() - started
     timing = (
-        f"In the last call training took {trained:.0f} s, all but the pictures {measured:.0f} s, on "
+        f"In the last call training took {trained:.0f} s, all but pictures {measured:.0f} s, on "
         f"{os.cpu_count()} CPU cores that multiply two fixed matrices of float32 at "
         f"{gflops:.0f} GFLOP/s."
     )
