@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ddim_jax.checks import check_floating, check_schedule
@@ -28,7 +29,16 @@ from ddim_jax.steps import (
     is_zero,
     step_towards,
 )
-from ddim_jax.types import Data, Denoiser, Level, NoiseSchedule, Prediction, PRNGKey, Timesteps
+from ddim_jax.types import (
+    Data,
+    Denoiser,
+    Level,
+    NoiseSchedule,
+    Prediction,
+    PRNGKey,
+    Timesteps,
+    is_traced,
+)
 
 
 class SamplerState(NamedTuple):
@@ -170,7 +180,8 @@ def sample(
     `eps_fn` returns the noise it predicts, or a `Prediction`. `timesteps` descends inside
     [0, T - 1], such as `ddim_timesteps(1000, 50)`; the last step goes to clean data.
     Keeps no trajectory: memory does not grow with the number of steps.
-    Raises ValueError for timesteps out of order or range, and for an `eps_fn` that changes shapes.
+    Raises ValueError for timesteps out of order or range, for an `eps_fn` that changes shapes, and
+    for one of noise alone where alpha_bar is 0.
     """
     state, _ = _scan(key, eps_fn, schedule, x_T, timesteps, sampler, lambda state: None)
     return state.x
@@ -202,7 +213,8 @@ def _scan(key, eps_fn, schedule, x_T, timesteps, sampler, output):
         )
     check_schedule(schedule)
     check_floating("x_T", x_T)
-    timesteps = schedule.check_timesteps(timesteps)
+    given, timesteps = timesteps, schedule.check_timesteps(timesteps)
+    _check_tells_data(eps_fn, schedule, x_T, given)
     if key is not None:
         key = typed_key(key)
         check_keys(key, x_T)
@@ -217,6 +229,27 @@ def _scan(key, eps_fn, schedule, x_T, timesteps, sampler, output):
 
     steps = jnp.arange(timesteps.shape[0])
     return jax.lax.scan(body, sampler.init(x_T), (steps, timesteps, t_prev))
+
+
+def _check_tells_data(
+    eps_fn: Denoiser, schedule: NoiseSchedule, x: Data, timesteps: Timesteps
+) -> None:
+    """Raise ValueError for a network of noise alone at alpha_bar = 0, where it says nothing of x0.
+
+    Where the level is only known inside jit, samples are NaN.
+    """
+    table = getattr(schedule, "alphas_cumprod", None)  # a `Schedule`'s; others keep some signal
+    if table is None or is_traced(table) or is_traced(timesteps):
+        return
+    t = np.asarray(timesteps)[0]
+    if np.asarray(table)[t] > 0:
+        return
+    if not isinstance(jax.eval_shape(eps_fn, x, t), Prediction):
+        raise ValueError(
+            f"eps_fn must tell the data too where alpha_bar is 0, as at the first time, {t}; it "
+            "returns noise alone, which says nothing of the data there. Wrap a network of v or x0 "
+            "by from_v or from_x0; one of noise needs a schedule that keeps some signal."
+        )
 
 
 def encode(eps_fn: Denoiser, schedule: NoiseSchedule, x_0: Data, timesteps: Timesteps) -> Data:

@@ -7,6 +7,7 @@ the table of all samplers, by the names that command lines and tables use.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -126,15 +127,21 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
 """Name -> sampler: what a command line or a table's row may say. A new one is an entry here."""
 
 
-def named_sampler(name: str, eta: Level = 0.0) -> Sampler:
-    """The sampler of that name; `eta` is ddim's own. ValueError for an unknown name, listing all.
+def takes_eta(name: str) -> bool:
+    """Whether the sampler of that name has an eta. ValueError for an unknown name, listing all."""
+    return "eta" in inspect.signature(look_up("sampler", name, SAMPLERS)).parameters
 
-    Raises ValueError for an eta other than 0 with a sampler that has none.
+
+def named_sampler(name: str, eta: Level = 0.0) -> Sampler:
+    """The sampler of that name; `eta` is for those whose function takes one, as ddim's does.
+
+    Raises ValueError for an unknown name, listing all, and for an eta other than 0 with a sampler
+    that has none.
     """
     check_eta(eta)
     make = look_up("sampler", name, SAMPLERS)
-    if name == "ddim":
-        return ddim(eta)
+    if takes_eta(name):
+        return make(eta=eta)  # pyright: ignore[reportCallIssue]
     if not is_zero(eta):
         raise ValueError(f"eta must be left out for the sampler {name}, which has none; got {eta}.")
     return make()

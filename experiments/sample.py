@@ -32,7 +32,7 @@ from ddim_jax.runs import DrawInputs, Run, checked_images, image_program
 from ddim_jax.runs.draw import ImageProgram
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.samplers import Sampler
-from ddim_jax.solvers import named_sampler
+from ddim_jax.solvers import named_sampler, takes_eta
 
 GRID_IMAGES = 256
 """So many of the images are in grid.png."""
@@ -114,7 +114,7 @@ def _settings(config: SampleConfig, sampler: str, run: Run) -> dict[str, Any]:
         "num_sample_steps": num_steps,
         "spacing": spacing,
         "sampler": sampler,
-        "eta": config.eta if sampler == "ddim" else None,
+        "eta": config.eta if takes_eta(sampler) else None,
         "label": config.label,
         "guidance_scale": config.guidance_scale,
         "image_shape": run.spec.image_shape,

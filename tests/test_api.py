@@ -82,8 +82,22 @@ def test_a_sampler_of_ones_own_is_an_entry_of_the_table(monkeypatch):
     monkeypatch.setitem(dj.SAMPLERS, "mine", lambda: dj.ddim(0.25))
     assert isinstance(dj.named_sampler("mine"), dj.Sampler)
     assert dj.named_sampler("mine").network_calls(5) == 5  # the default: one call a step
+    with refused("eta must be left out for the sampler mine"):
+        dj.named_sampler("mine", 0.5)
     with refused("got 'yours'"):
         dj.named_sampler("yours")
+
+
+def test_a_sampler_of_ones_own_may_have_an_eta(monkeypatch):
+    """Twice its eta of ddim's is ddim of that."""
+    monkeypatch.setitem(dj.SAMPLERS, "twice", lambda eta=0.1: dj.ddim(2 * eta))
+    schedule, x_T, key = dj.linear_schedule(), jnp.ones((2, 3)), jax.random.key(0)
+
+    def draw(sampler):
+        return dj.sample(key, lambda x, t: x / 2, schedule, x_T, [900, 100], sampler)
+
+    assert (draw(dj.named_sampler("twice", 0.25)) == draw(dj.ddim(0.5))).all()
+    assert (draw(dj.named_sampler("twice")) == draw(dj.ddim(0.0))).all()
 
 
 @every_sampler

@@ -78,8 +78,14 @@ def test_eulers_method_in_s_squared_has_no_first_step_from_pure_noise():
 
 
 def test_an_eps_network_has_nothing_to_say_of_the_data_there():
-    got = dj.sample(None, lambda x, t: 0.5 * x, SCHEDULE, jnp.ones(3), [999, 500])
-    assert not np.isfinite(got).any()
+    def draw(schedule, x_T):
+        return dj.sample(None, lambda x, t: 0.5 * x, schedule, x_T, [999, 500])
+
+    known = functools.partial(draw, SCHEDULE)
+    for call in (known, jax.jit(known), jax.vmap(known)):
+        with pytest.raises(ValueError, match="eps_fn must tell the data too where alpha_bar is 0"):
+            call(jnp.ones(3))
+    assert not np.isfinite(jax.jit(draw)(SCHEDULE, jnp.ones(3))).any()  # a level only jit knows
     from_below = dj.sample(None, lambda x, t: 0.5 * x, SCHEDULE, jnp.ones(3), [998, 500])
     assert np.isfinite(from_below).all()
 
