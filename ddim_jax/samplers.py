@@ -209,7 +209,8 @@ def _scan(key, eps_fn, schedule, x_T, timesteps, sampler, output):
     sampler = ddim() if sampler is None else sampler
     if not isinstance(sampler, Sampler):
         raise ValueError(
-            f"sampler must be a Sampler, such as ddim() returns; got {sampler!r}. Call it first."
+            f"sampler must be a Sampler, such as ddim() and named_sampler(name) return; got "
+            f"{sampler!r}. Call it first."
         )
     check_schedule(schedule)
     check_floating("x_T", x_T)

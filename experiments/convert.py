@@ -192,6 +192,8 @@ def _load_diffusers(path: str, config: ConvertConfig) -> _Loaded:
 
 def _load_ddim(path: str, config: ConvertConfig) -> _Loaded:
     preset, image_shape = PRESETS[config.preset][1], IMAGE_SHAPES[config.preset]
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError("no such file")
     params, taken = convert.load_paper_checkpoint(
         path, preset.model.make(image_shape[-1]), image_shape[0], config.weights
     )

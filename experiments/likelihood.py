@@ -41,8 +41,8 @@ class LikelihoodConfig(DrawOptions, RealImageOptions, ModelOptions):
 
     out: Folder = "out/likelihood"
     """Where likelihood.png and results.json go."""
-    num_images: int | None = option(64, at_least=1)
-    """The first so many images of the split; None for the whole split."""
+    num_images: int | None = option(None, at_least=1)
+    """The first so many images of the split, 64 if not given."""
     etas: tuple[float, ...] = (0.8, 0.5)
     """Processes beside fixed_small (eta = 1) and fixed_large; each must be above 0."""
     num_sample_steps: int | None = option(None, at_least=1)
@@ -69,7 +69,7 @@ def main(config: LikelihoodConfig) -> None:
     timesteps = spec.timesteps(config.num_sample_steps or spec.schedule.num_steps, config.spacing)
     processes = _processes(spec, timesteps, config.etas)
     data = real.open_source(config.workdir, spec, config)
-    images = real.first(data.source, config.num_images)
+    images = real.first(data.source, config.num_images, 64)
 
     program = bound_program(spec, timesteps, list(processes.values()), config.seed)
     indices = np.arange(len(images.image))

@@ -39,8 +39,8 @@ class ReconstructConfig(SpacingOptions, RealImageOptions, ModelOptions):
 
     out: Folder = "out/reconstruct"
     """Where reconstruct.png and results.json go."""
-    num_images: int = option(16, at_least=1)
-    """The first so many images of the split; the paper takes 10000."""
+    num_images: int | None = option(None, at_least=1)
+    """The first so many images of the split, 16 if not given; the paper takes 10000."""
     steps: tuple[int, ...] = (10, 20, 50, 100, 200, 500, 1000)
     """Numbers of steps S; encoding takes as many as decoding."""
     timesteps: tuple[int, ...] = ()
@@ -59,7 +59,7 @@ def main(config: ReconstructConfig) -> None:
     run = config.load()
     grids = _grids(run.spec, config)
     data = real.open_source(config.workdir, run.spec, config)
-    images = real.first(data.source, config.num_images)
+    images = real.first(data.source, config.num_images, 16)
 
     def reconstruct(timesteps: Timesteps, num_iterations: int | None = None):
         program = reconstruction_program(run.spec, timesteps, num_iterations)
@@ -87,7 +87,7 @@ def main(config: ReconstructConfig) -> None:
                 row |= _implicit_row(reconstruct, run.spec, timesteps, config)
             rows.append(row)
             progress.say(f"S = {num_steps:4d}  error {row['mse']:.2e}")
-    print(f"\n{_table(rows, iterations)}\n\n{_conditions(config, run, data)}")
+    print(f"\n{_table(rows, iterations)}\n\n{_conditions(config, run, data, len(images.image))}")
 
     out = pathlib.Path(config.out)
     write_results(out, config, {"split": data.split, "rows": rows}, run)
@@ -178,12 +178,12 @@ def _table(rows, iterations: int | None) -> str:
     return "\n".join(lines)
 
 
-def _conditions(config: ReconstructConfig, run: Run, data: real.Opened) -> str:
+def _conditions(config: ReconstructConfig, run: Run, data: real.Opened, num_images: int) -> str:
     spacing = config.spacing or run.spec.spacing
     grid = "given timesteps" if config.timesteps else f"{spacing} sub-sequence"
     codec = "" if run.spec.codec.is_identity else ", to the codec's own reconstruction"
     return (
-        f"Mean squared error of pixels on [0, 1]{codec}; first {config.num_images} images of "
+        f"Mean squared error of pixels on [0, 1]{codec}; first {num_images} images of "
         f"{data.source.name}, {data}; {grid}, {run.weights_called}, run "
         f"{run.fingerprint_id}."
     )

@@ -21,6 +21,7 @@ from refusals import refused
 from test_latent_scripts import captured_drawing, make_model
 
 from ddim_jax.data.load import load_images
+from ddim_jax.data.source import ArraySource
 from ddim_jax.runs import load_spec
 
 
@@ -159,3 +160,12 @@ def test_two_indices_or_two_files(tmp_path, photos):
         interpolate.main(of("--images", file, file, "--data", "digits"))
     with refused(r"no\.png cannot be read as an image"):
         interpolate.main(of("--images", file, str(photos / "no.png")))
+
+
+def test_fewer_images_than_a_script_takes_are_all_taken_unless_more_are_asked_for():
+    source = ArraySource(np.arange(3 * 4, dtype=np.uint8).reshape(3, 2, 2, 1), None, "three", None)
+    assert len(real.first(source, None, 16).image) == 3
+    assert len(real.first(source, None, 2).image) == 2
+    assert (real.first(source, 1, 16).image == source.images[:1]).all()
+    with refused(r"num_images must be in \[1, 3\]"):
+        real.first(source, 16, 16)

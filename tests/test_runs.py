@@ -30,6 +30,7 @@ from ddim_jax.runs import (
     read_config,
 )
 from ddim_jax.runs.folder import write_config
+from ddim_jax.runs.load import random_share
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -47,6 +48,21 @@ def trained(tmp_path_factory) -> pathlib.Path:
 
 
 # ------------------------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize(
+    "decay, warmup, init_from, step, share",
+    [
+        (0.9999, False, None, 6, 0.99940015),  # 0.9999 ** 6 by hand
+        (0.5, False, None, 3, 0.125),
+        (0.9999, True, None, 6, 0.0),
+        (0.9999, False, "other", 6, 0.0),
+    ],
+)
+def test_how_much_of_an_average_is_random(decay, warmup, init_from, step, share):
+    config = {"ema_decay": decay, "ema_warmup": warmup, "init_from": init_from}
+    assert random_share(config, step) == pytest.approx(share, abs=1e-9)
+    assert random_share({}, step) == 0  # converted
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path):

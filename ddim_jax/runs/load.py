@@ -7,6 +7,8 @@ import functools
 import hashlib
 import json
 import pathlib
+import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -162,8 +164,8 @@ def load_trained(
     and for a `clip_x0` of a model of latents.
     """
     check_one_of("weights", weights, ("ema", "raw"))
-    spec = load_spec(workdir)
-    only = read_config(workdir).get("converted_from", {}).get("weights", weights)
+    spec, config = load_spec(workdir), read_config(workdir)
+    only = config.get("converted_from", {}).get("weights", weights)
     if weights != only:
         raise ValueError(
             f"weights must be {only!r} for {workdir}, which was converted from a file and holds "
@@ -175,8 +177,22 @@ def load_trained(
         check_one_of("dtype", dtype, ("float32", "bfloat16"))
         model_config = dataclasses.replace(spec.model_config, dtype=dtype)
         spec = dataclasses.replace(spec, model_config=model_config)
+    if weights == "ema" and (share := random_share(config, step)) > 0.1:
+        warnings.warn(
+            f"{share:.1%} of the averaged weights of step {step} are the random first ones: their "
+            f"ema_decay is {config['ema_decay']}, without a warm-up. Take the raw weights, or "
+            "train with ema_warmup.",
+            stacklevel=2,
+        )
     params = RunParams(network, load_codec_params(workdir))
     return Run(spec, everywhere(params), step, weights)
+
+
+def random_share(config: Mapping[str, Any], step: int) -> float:
+    """How much of the average of a run of this config.json are its random first weights."""
+    if config.get("ema_warmup", True) or config.get("init_from") is not None:
+        return 0.0
+    return float(config.get("ema_decay", 0.0)) ** step
 
 
 def load_weights(

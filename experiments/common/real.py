@@ -119,10 +119,13 @@ def take(source: ImageSource, indices: Sequence[int]) -> Real:
     )
 
 
-def first(source: ImageSource, num_images: int | None) -> Real:
-    """The first images of a source, all of them if None; ValueError if it has not as many."""
+def first(source: ImageSource, num_images: int | None, default: int) -> Real:
+    """The first images of a source; ValueError if it has not as many.
+
+    Of None the first `default`, or all where there are fewer.
+    """
     if num_images is None:
-        num_images = len(source)
+        num_images = min(default, len(source))
     if not 1 <= num_images <= len(source):
         raise ValueError(
             f"num_images must be in [1, {len(source)}], the images of {source.name}; "
