@@ -26,7 +26,14 @@ import train_classifier
 from common import cli, figures
 from common.sweep_seeds import Lines, over_seeds
 from common.sweep_store import read_results
-from common.sweep_table import markdown_section, protocol, row_of, rows_of, scores
+from common.sweep_table import (
+    markdown_section,
+    protocol,
+    row_of,
+    rows_of,
+    scores,
+    steps_of,
+)
 from matplotlib import ticker
 from presets import PRESETS
 
@@ -263,6 +270,30 @@ def _draw_denoising(path: pathlib.Path, run: Run, seed: int) -> None:
     figures.save(figure, path)
 
 
+def _who_is_ahead(lines: Lines) -> str:
+    """Whether DDIM has the smallest distance at each S; who else has, and by how much."""
+    titles, sentences = rows_of(lines), []
+    for name in scores(lines):
+        ahead, others = [], []
+        for num_steps in steps_of(lines):
+            cells = [x for x in over_seeds(lines) if x["S"] == num_steps]
+            best = min(cells, key=lambda x: x["values"][name])
+            plain = next(x for x in cells if x["eta"] == 0)
+            if best is plain:
+                ahead.append(str(num_steps))
+                continue
+            gap = plain["values"][name] - best["values"][name]
+            spread = sum(x["spread"].get(name, 0.0) ** 2 for x in (best, plain)) ** 0.5
+            within = "within" if gap <= spread else "beyond"
+            others.append(
+                f"at S = {num_steps} {titles[row_of(best)]} is, by {gap:.2g}, {within} the seeds' "
+                f"spread of {spread:.2g}"
+            )
+        first = f"DDIM is ahead at S = {', '.join(ahead)}" if ahead else "DDIM is never ahead"
+        sentences.append(f"By {name} {'; '.join([first, *others])}.")
+    return " ".join(sentences)
+
+
 def _report(
     lines: Lines, floors: Mapping[str, float], sure: Mapping[str, float], timing: str
 ) -> str:
@@ -270,6 +301,8 @@ def _report(
     halves = ", ".join(f"{floor:.3g} by {name}" for name, floor in floors.items())
     judged = ", ".join(f"{value:.3f} for {name}" for name, value in sure.items())
     return f"""# DDIM on handwritten digits
+
+{_who_is_ahead(lines)}
 
 {tables}
 {protocol(lines)} Two halves of the real digits are apart {halves}. The
