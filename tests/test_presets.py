@@ -72,4 +72,4 @@ def test_options_of_the_objective_stand_beside_the_others():
     assert config.objective == Denoising(reduction="sum", label_dropout=0.2, flip=True)
     assert (config.workdir, config.predicts, config.init_from) == ("w", "v", "there")
     assert config.schedule == ScheduleConfig(zero_terminal_snr=True)
-    assert config.model.channels == 16 and config.batch_size == 64  # the preset's
+    assert config.model.channels == 16 and config.batch_size == 32  # the preset's
