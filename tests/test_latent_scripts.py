@@ -125,7 +125,8 @@ def test_a_network_without_opinion_loses_nothing(zero, tmp_path, monkeypatch):
             workdir=zero, out=str(tmp_path), timesteps=(700, 200, 31), num_images=5, batch_size=2
         )
     )
-    _, images, latent, decoded = drawn[0]
+    _, images, latent, decoded, max_steps = drawn[0]
+    assert max_steps == 1000
     np.testing.assert_array_equal(
         images, load_images("digits", split="test").take(np.arange(5))["image"]
     )
@@ -244,7 +245,9 @@ def test_a_trajectory_goes_from_noise_to_the_image(zero, tmp_path, monkeypatch):
             workdir=zero, out=str(tmp_path), num_images=4, num_sample_steps=6
         )
         trajectory.main(config)
-    states, x0s, timesteps, _ = drawn[0]
+    states, x0s, timesteps, _, amplified = drawn[0]
+    level = LEVELS[timesteps[0]]
+    assert amplified == pytest.approx(math.sqrt((1 - level) / level), rel=1e-4)
     x_T, _ = initial_noise(jax.random.key(0), np.arange(4), (8, 8, 1))
     np.testing.assert_array_equal(states[:, 0], to_uint8(x_T))
     assert states.shape == (4, 7, 8, 8, 1) and x0s.shape == (4, 6, 8, 8, 1)
@@ -420,7 +423,8 @@ def test_reconstruction_through_a_codec(latent_zero, tmp_path, monkeypatch, caps
             workdir=latent_zero, out=str(tmp_path), timesteps=(700, 31), num_images=5, batch_size=2
         )
     )
-    _, images, latent, decoded = drawn[0]
+    _, images, latent, decoded, max_steps = drawn[0]
+    assert max_steps == 1000
     np.testing.assert_array_equal(
         images, load_images("digits", split="test").take(np.arange(5))["image"]
     )
@@ -503,7 +507,9 @@ def test_a_trajectory_through_a_codec(latent_zero, tmp_path, monkeypatch):
         workdir=latent_zero, out=str(tmp_path), num_images=3, num_sample_steps=4, batch_size=2
     )
     trajectory.main(config)
-    states, x0s, timesteps, _ = drawn[0]
+    states, x0s, timesteps, _, amplified = drawn[0]
+    level = LEVELS[timesteps[0]]
+    assert amplified == pytest.approx(math.sqrt((1 - level) / level), rel=1e-4)
     assert states.shape == (3, 5, 8, 8, 1) and x0s.shape == (3, 4, 8, 8, 1)
     x_T, _ = initial_noise(jax.random.key(0), np.arange(3), (4, 4, 4))
     start = np.asarray(to_uint8(pixels_of(x_T)))
