@@ -56,7 +56,7 @@ the length of the weights DDPM published; church's is 4432k."""
 DIGITS = TrainOptions(
     data="digits",
     model=ModelConfig(
-        channels=24,
+        channels=16,
         channel_mults=(1, 2),
         num_res_blocks=1,
         attention_resolutions=(4,),
