@@ -223,7 +223,9 @@ def _plot_distances(path: pathlib.Path, lines: Lines, floors: Mapping[str, float
 def _draw_real_beside_samples(
     path: pathlib.Path, real: np.ndarray, samples: np.ndarray, num_steps: int
 ) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(8.4, 4.2), layout="constrained", gridspec_kw={"wspace": 0.06}
+    )
     for axes, images, title in (
         (left, real, "real digits"),
         (right, samples, f"DDIM samples, S = {num_steps}, eta = 0"),
