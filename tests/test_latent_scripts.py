@@ -146,7 +146,9 @@ def test_conditional_networks_encode_each_image_with_its_class(tmp_path):
     )
     assert np.isfinite(results(tmp_path / "out")["rows"][0]["mse"])
     source = real.open_source(workdir, load_spec(workdir), RealImageOptions()).source
-    np.testing.assert_array_equal(real.first(source, 3, 16).label, source.take(np.arange(3))["label"])
+    np.testing.assert_array_equal(
+        real.first(source, 3, 16).label, source.take(np.arange(3))["label"]
+    )
 
 
 # ------------------------------------------------------------------------------------- same latent
