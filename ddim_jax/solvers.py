@@ -115,7 +115,7 @@ def probability_flow_euler() -> Sampler:
     return Sampler(init_state, step)
 
 
-SAMPLERS: dict[str, Callable[[], Sampler]] = {
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "ddim": ddim,
     "sigma_hat": sigma_hat,
     "ddpm": ddpm,
@@ -139,9 +139,8 @@ def named_sampler(name: str, eta: Level = 0.0) -> Sampler:
     that has none.
     """
     check_eta(eta)
-    make = look_up("sampler", name, SAMPLERS)
     if takes_eta(name):
-        return make(eta=eta)  # pyright: ignore[reportCallIssue]
+        return SAMPLERS[name](eta=eta)
     if not is_zero(eta):
         raise ValueError(f"eta must be left out for the sampler {name}, which has none; got {eta}.")
-    return make()
+    return SAMPLERS[name]()

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -145,7 +146,8 @@ def _spacing(config: ConvertConfig, spec: RunSpec) -> tuple[Spacing, str]:
     if config.source == "ddim":
         return spec.spacing, published.format(config.preset)
     name = pathlib.Path(config.path or "").name.lower()
-    found = [preset for preset in IMAGE_SHAPES if preset in name]
+    words = re.split(r"[^a-z0-9]+", name)  # cifar100 and celebahq are other sets
+    found = [preset for preset in IMAGE_SHAPES if preset in words]
     if len(found) == 1 and spec.spacing == "uniform":  # one that a scheduler asks for otherwise
         return PRESETS[found[0]][1].spacing, published.format(found[0]) + f", by the name {name}"
     return spec.spacing, "timestep_spacing of its scheduler"

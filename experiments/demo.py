@@ -24,6 +24,7 @@ import numpy as np
 import train
 import train_classifier
 from common import cli, figures
+from common.measures import check_seeds
 from common.sweep_seeds import Lines, over_seeds
 from common.sweep_store import read_results
 from common.sweep_table import (
@@ -38,17 +39,11 @@ from matplotlib import ticker
 from presets import PRESETS
 
 from ddim_jax.data.load import load_images
-from ddim_jax.data.pixels import to_model_range
 from ddim_jax.data.stream import sequential_batches
 from ddim_jax.keys import initial_noise, seed_key
-from ddim_jax.metrics.classifier import (
-    ClassifierOutput,
-    TrainedClassifier,
-    apply_classifier,
-    load_classifier,
-)
-from ddim_jax.metrics.features import CLASSIFIER_FILE, FeatureName
-from ddim_jax.metrics.frechet import frechet_distance_from_features
+from ddim_jax.metrics.features import CLASSIFIER_FILE, FeatureName, FeatureNetwork, network_of
+from ddim_jax.metrics.frechet import frechet_distance_from_features, frechet_metric
+from ddim_jax.metrics.metric import column_name
 from ddim_jax.paths import Folder
 from ddim_jax.runs import (
     DrawInputs,
@@ -91,13 +86,14 @@ class DemoConfig:
 def main(config: DemoConfig) -> None:
     """Train, sample, measure, draw."""
     check_limits(config)
+    check_seeds(config.seeds)
     started = time.monotonic()
     out = pathlib.Path(config.out)
     recipe = dataclasses.replace(
         PRESETS["digits"][1],
         workdir=str(out / "model"),
         max_steps=config.train_steps,
-        seed=config.seeds[0] if config.seeds else 0,
+        seed=config.seeds[0],
     )
     gflops = _yardstick()
     print(
@@ -105,11 +101,11 @@ def main(config: DemoConfig) -> None:
     )
     train.main(recipe)
     trained = time.monotonic() - started
-    stats = [_statistics(out, features) for features in ("classifier", "pixels")]
+    stats = {features: _statistics(out, features) for features in ("classifier", "pixels")}
     fid_sweep.main(
         fid_sweep.SweepConfig(
             workdir=recipe.workdir,
-            stats=tuple(stats),
+            stats=tuple(stats.values()),
             out=str(out / "sweep"),
             steps=config.steps,
             etas=(0.0, 0.5, 1.0, "sigma_hat"),
@@ -125,29 +121,30 @@ def main(config: DemoConfig) -> None:
         f"{os.cpu_count()} CPU cores that multiply two fixed matrices of float32 at "
         f"{gflops:.0f} GFLOP/s."
     )
-    _draw_everything(out, load_trained(recipe.workdir), config, timing)
+    _draw_everything(out, load_trained(recipe.workdir), config, stats, timing)
     print(f"{time.monotonic() - started:.0f} s in all; see {out / 'README.md'}")
 
 
-def _draw_everything(out: pathlib.Path, run: Run, config: DemoConfig, timing: str) -> None:
+def _draw_everything(
+    out: pathlib.Path, run: Run, config: DemoConfig, stats: Mapping[str, str], timing: str
+) -> None:
     """The pictures, and the README that shows them."""
     draw = {s: _drawer(run, s, config.seeds[0]) for s in config.steps}
     real = np.concatenate([b["image"] for b in sequential_batches(load_images("digits"), 1024)])
-    classifier = load_classifier(out / "classifier" / CLASSIFIER_FILE)
-    features = {
-        "fd_classifier": _seen(classifier, real).features,
-        "fd_pixels": to_model_range(real).reshape(len(real), -1),
-    }
+    networks = {features: network_of(features, None, path) for features, path in stats.items()}
+    column = frechet_metric().numbers[0]
     floors = {
-        name: frechet_distance_from_features(np.asarray(x[::2]), np.asarray(x[1::2]))
-        for name, x in features.items()
+        column_name(column, features): frechet_distance_from_features(
+            *(np.asarray(network(half)) for half in (real[::2], real[1::2]))
+        )
+        for features, network in networks.items()
     }
     lines = read_results(out / "sweep")
     most = max(config.steps)
     samples = draw[most](NUM_JUDGED, 0.0)
     sure = {
-        "real digits": _confidence(classifier, real),
-        f"DDIM samples of S = {most}": _confidence(classifier, samples),
+        "real digits": _confidence(networks["classifier"], real),
+        f"DDIM samples of S = {most}": _confidence(networks["classifier"], samples),
     }
     _plot_distances(out / "distance.png", lines, floors)
     _draw_real_beside_samples(out / "real_and_samples.png", real[:64], samples[:64], most)
@@ -156,13 +153,10 @@ def _draw_everything(out: pathlib.Path, run: Run, config: DemoConfig, timing: st
     (out / "README.md").write_text(_report(lines, floors, sure, timing))
 
 
-def _seen(classifier: TrainedClassifier, images: np.ndarray) -> ClassifierOutput:
-    return apply_classifier(classifier.model, classifier.params, images)
-
-
-def _confidence(classifier: TrainedClassifier, images: np.ndarray) -> float:
+def _confidence(classifier: FeatureNetwork, images: np.ndarray) -> float:
     """Mean probability that the classifier gives to the class it takes an image for."""
-    return float(jax.nn.softmax(_seen(classifier, images).logits).max(axis=-1).mean())
+    logits = classifier.apply_fn(classifier.params, images)["logits"]
+    return float(jax.nn.softmax(logits).max(axis=-1).mean())
 
 
 def _yardstick() -> float:
@@ -274,11 +268,11 @@ def _draw_denoising(path: pathlib.Path, run: Run, seed: int) -> None:
 
 def _who_is_ahead(lines: Lines) -> str:
     """Whether DDIM has the smallest distance at each S; who else has, and by how much."""
-    titles, sentences = rows_of(lines), []
+    titles, pooled, sentences = rows_of(lines), over_seeds(lines), []
     for name in scores(lines):
         ahead, others = [], []
         for num_steps in steps_of(lines):
-            cells = [x for x in over_seeds(lines) if x["S"] == num_steps]
+            cells = [x for x in pooled if x["S"] == num_steps]
             best = min(cells, key=lambda x: x["values"][name])
             plain = next(x for x in cells if x["eta"] == 0)
             if best is plain:

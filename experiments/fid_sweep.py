@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 
 import tyro
 from common import cli, times
-from common.measures import MetricOptions, check_different, open_measures
+from common.measures import MetricOptions, check_different, check_seeds, open_measures
 from common.options import ModelOptions, SpacingOptions
 from common.sweep_about import about, command_of
 from common.sweep_draw import Drawer, image_programs
@@ -201,14 +201,12 @@ def _seeds(config: SweepConfig) -> tuple[int, ...]:
     """The seeds. Raises ValueError for --seeds that are none."""
     if not config.seeds:
         return (config.seed,)
-    check_different("seeds", config.seeds)
+    check_seeds(config.seeds)
     if config.seed != 0:
         raise ValueError(
             f"seed and seeds must not both be given; got {config.seed} and {config.seeds}. Name "
             "them all in seeds."
         )
-    if wrong := [seed for seed in config.seeds if not 0 <= seed < NUM_SEEDS]:
-        raise ValueError(f"seeds must be in [0, {NUM_SEEDS - 1}]; got {wrong[0]}.")
     return config.seeds
 
 

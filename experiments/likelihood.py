@@ -89,8 +89,7 @@ def main(config: LikelihoodConfig) -> None:
         f"\nBits per dimension, mean over {len(indices)} images of {data.source.name}, "
         f"{data}, and standard error over images; S = {len(timesteps)} {config.spacing}, "
         f"{'x0 clipped, ' if config.clip_x0 else ''}"
-        f"{run.weights_called}, seed {config.seed}, run "
-        f"{run.fingerprint_id}."
+        f"{run.weights_called}, seed {config.seed}, run {run.fingerprint_id}."
     )
     out = pathlib.Path(config.out)
     write_results(

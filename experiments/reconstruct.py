@@ -184,8 +184,7 @@ def _conditions(config: ReconstructConfig, run: Run, data: real.Opened, num_imag
     codec = "" if run.spec.codec.is_identity else ", to the codec's own reconstruction"
     return (
         f"Mean squared error of pixels on [0, 1]{codec}; first {num_images} images of "
-        f"{data.source.name}, {data}; {grid}, {run.weights_called}, run "
-        f"{run.fingerprint_id}."
+        f"{data.source.name}, {data}; {grid}, {run.weights_called}, run {run.fingerprint_id}."
     )
 
 

@@ -72,9 +72,9 @@ def main(config: SameLatentConfig) -> None:
     )
     out = pathlib.Path(config.out)
     write_results(out, config, {"S": steps, "distances": distances}, run)
-    ddpm_row = ", eta = 1" if config.variance == "fixed_small" else ", fixed_large"
-    rows = {"DDIM": ", eta = 0", "DDPM": ddpm_row}
-    _draw(out / "same_latent.png", steps, images, distances, rows)
+    ddpm_row = "eta = 1" if config.variance == "fixed_small" else "fixed_large"
+    titles = {"DDIM": "DDIM, eta = 0", "DDPM": f"DDPM, {ddpm_row}"}
+    _draw(out / "same_latent.png", steps, images, distances, titles)
     print(f"see {out / 'same_latent.png'}")
 
 
@@ -141,7 +141,7 @@ def _table(steps: list[int], distances) -> str:
     return "\n".join(lines)
 
 
-def _draw(path: pathlib.Path, steps: list[int], images, distances, of_method) -> None:
+def _draw(path: pathlib.Path, steps: list[int], images, distances, titles) -> None:
     """One row is one x_T, one column one S; right the distances."""
     figure, axes = plt.subplots(
         1, 3, figsize=(13, 3.5), width_ratios=(1.15, 1.15, 1), layout="constrained"
@@ -151,7 +151,7 @@ def _draw(path: pathlib.Path, steps: list[int], images, distances, of_method) ->
             grid_axes,
             images[method][:, :NUM_SHOWN].swapaxes(0, 1),
             columns=[f"S={s}" for s in steps],
-            title=f"{method}{of_method[method]}: each row from one x_T",
+            title=f"{titles[method]}: each row from one x_T",
         )
         axes[2].plot(steps[:-1], distances[method]["pixels"][:-1], marker="o", label=method)
     axes[2].set(yscale="log", ylabel="root mean squared difference on [0, 1]")

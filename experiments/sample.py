@@ -18,10 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 from common import cli, pictures
-from common.exact import exact
 from common.options import DrawOptions, ModelOptions, SamplerOptions, StepsOptions
 from common.progress import Progress
-from common.sample_set import RECORD, SampleSet, open_to_draw
+from common.sample_set import RECORD, SampleSet, open_to_draw, rule_of
 from common.times import shown, spelt, timesteps_of
 
 from ddim_jax.files import only_one_process
@@ -62,9 +61,10 @@ class SampleConfig(DrawOptions, SamplerOptions, StepsOptions, ModelOptions):
 def main(config: SampleConfig) -> None:
     """Draw the images that are missing, and write each batch of them."""
     check_limits(config)
-    name, rule, sampler = _sampler(config)
+    name, sampler = _sampler(config)
     run = config.load()
-    timesteps = timesteps_of(run.spec, *_grid(config, run))
+    num_steps, spacing = _grid(config, run)
+    timesteps = timesteps_of(run.spec, num_steps, spacing)
     program = image_program(
         run.spec,
         timesteps,
@@ -72,12 +72,11 @@ def main(config: SampleConfig) -> None:
         label=config.label,
         guidance_scale=config.guidance_scale,
     )
+    settings = _settings(config, name, run, num_steps, spacing)
     out = pathlib.Path(config.out)
     with only_one_process(out):
         started = time.monotonic()
-        samples = open_to_draw(
-            out / RECORD, out / "images", _settings(config, name, run), config.num_images
-        )
+        samples = open_to_draw(out / RECORD, out / "images", settings, config.num_images)
         missing = samples.missing()
         if not samples.complete:  # what shows them all would show fewer, or others
             for product in (out / "grid.png", out / "samples.npz"):
@@ -89,7 +88,7 @@ def main(config: SampleConfig) -> None:
     print(
         f"{config.num_images} images in {out}{f' ({kept} of them were there)' if kept else ''}: "
         f"{run.weights_called}, "
-        f"S = {len(timesteps)} {shown(_grid(config, run)[1])}, {rule}, "
+        f"S = {num_steps} {shown(spacing)}, {rule_of(name, settings['eta'])}, "
         f"{'x0 clipped, ' if config.clip_x0 else ''}"
         f"seed {config.seed}, run {run.fingerprint_id}, {seconds:.1f} s with compilation"
     )
@@ -106,9 +105,10 @@ def _grid(config: SampleConfig, run: Run) -> tuple[int, str]:
     return len(config.timesteps), spelt(config.timesteps)
 
 
-def _settings(config: SampleConfig, sampler: str, run: Run) -> dict[str, Any]:
+def _settings(
+    config: SampleConfig, sampler: str, run: Run, num_steps: int, spacing: str
+) -> dict[str, Any]:
     """All that decides the images."""
-    num_steps, spacing = _grid(config, run)
     return {
         "seed": config.seed,
         "num_sample_steps": num_steps,
@@ -159,8 +159,8 @@ def _finish(config: SampleConfig, samples: SampleSet, out: pathlib.Path) -> None
         samples.finished()
 
 
-def _sampler(config: SampleConfig) -> tuple[str, str, Sampler]:
-    """The sampler, its name in SAMPLERS, and what to call it."""
+def _sampler(config: SampleConfig) -> tuple[str, Sampler]:
+    """The sampler, after its name in SAMPLERS."""
     name = config.sampler
     if config.sigma_hat:
         if name != "ddim" or config.eta != 0:
@@ -169,8 +169,7 @@ def _sampler(config: SampleConfig) -> tuple[str, str, Sampler]:
                 f"its own; got sampler {name}, eta {config.eta:g}."
             )
         name = "sigma_hat"
-    rule = f"eta {exact(config.eta)}" if name == "ddim" else name.replace("sigma_hat", "sigma-hat")
-    return name, rule, named_sampler(name, config.eta)
+    return name, named_sampler(name, config.eta)
 
 
 if __name__ == "__main__":

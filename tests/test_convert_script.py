@@ -117,6 +117,8 @@ def test_the_schedulers_own_sub_sequence_is_kept_unless_another_is_given(
         ("ddpm-cifar10-32", "quadratic", "the paper's for cifar10, appendix D.2, by the name"),
         ("ddpm-ema-bedroom-256", "uniform", "the paper's for bedroom, appendix D.2, by the name"),
         ("mine", "uniform", "timestep_spacing of its scheduler"),
+        ("ddpm-cifar100-32", "uniform", "timestep_spacing of its scheduler"),
+        ("ddpm-celebahq-256", "uniform", "timestep_spacing of its scheduler"),
     ],
 )
 def test_a_published_network_gets_the_sub_sequence_of_the_papers_numbers(

@@ -132,8 +132,7 @@ def frechet_distance(
     for side, mean, cov in ((1, mean1, cov1), (2, mean2, cov2)):
         check_mean(f"mean{side}", mean)
         check_covariance(f"cov{side}", cov)
-    _check_shapes(mean1, cov1, mean2, cov2)
-    return _distance(Gaussian(mean1, cov1), _rooted(Gaussian(mean2, cov2)))
+    return _distance(Gaussian(mean1, cov1), Gaussian(mean2, cov2))
 
 
 def _rooted(gaussian: Gaussian) -> RootedGaussian:
@@ -142,12 +141,13 @@ def _rooted(gaussian: Gaussian) -> RootedGaussian:
     return RootedGaussian(mean, cov, _root(cov))
 
 
-def _distance(a: Gaussian, b: RootedGaussian) -> float:
+def _distance(a: Gaussian, b: Gaussian | RootedGaussian) -> float:
     """The same of what is known to be Gaussians, such as moments gathered here.
 
     The root is the reference's, which mostly has full rank where a few samples have not.
     """
     _check_shapes(*a, b.mean, b.cov)
+    b = b if isinstance(b, RootedGaussian) else _rooted(b)
     a = Gaussian(*(np.asarray(x, np.float64) for x in a))
     products = np.linalg.eigvalsh(b.root.T @ a.cov @ b.root)
     trace_of_root = np.sqrt(np.maximum(products, 0)).sum()
@@ -181,8 +181,7 @@ def frechet_distance_from_features(
 ) -> float:
     """Frechet distance between two sets of features that fit in memory; see `frechet_distance`."""
     one, other = (update_moments(init_moments(x.shape[1]), x) for x in (a, b))
-    _check_shapes(one.mean, one.scatter, other.mean, other.scatter)
-    return _distance(finalize_moments(one), _rooted(finalize_moments(other)))
+    return _distance(finalize_moments(one), finalize_moments(other))
 
 
 def few_samples_warning(num_samples: int, dim: int) -> str | None:

@@ -37,15 +37,8 @@ from ddim_jax.runs.spec import RunSpec, described, spec_from
 FORMAT = 2
 RECORDED = frozenset({"rounding", "format", "init_from_hash", "versions", "unconditional"}) | {
     f"converted_from.{name}"
-    for name in (
-        "taken",
-        "file",
-        "set",
-        "scheduler",
-        "not_obeyed",
-        "spacing_from",
-    )  # the weights have a hash
-}
+    for name in ("taken", "file", "set", "scheduler", "not_obeyed", "spacing_from")
+}  # of the source: its weights have a hash
 """Written for the reader, or known from what is compared, and not compared."""
 DATA_CONTENT = "data_content"
 """What the images are, as `content_of` says; absent from what older versions wrote."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from common.progress import Progress
+from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.data.source import ImageSource
 from ddim_jax.data.stream import sequential_batches
 from ddim_jax.metrics.features import FeatureName, FeatureNetwork, network_of
@@ -48,6 +49,13 @@ class MetricOptions:
         """The metrics. Raises ValueError for an unknown name, and for none or one twice."""
         check_different("metrics", self.metrics)
         return named_metrics(self.metrics, self.kept_features)
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise ValueError unless these are one or more different seeds."""
+    check_different("seeds", seeds)
+    if wrong := [seed for seed in seeds if not 0 <= seed < NUM_SEEDS]:
+        raise ValueError(f"seeds must be in [0, {NUM_SEEDS - 1}]; got {wrong[0]}.")
 
 
 def check_different(name: str, values: Sequence[Any]) -> None:

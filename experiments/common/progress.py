@@ -25,7 +25,6 @@ class Progress:
     with Progress("sample.py", 50_000, "images") as progress:
         for images in progress.each(batches):
             ...
-
     """
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0):

@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-from common import pictures
+from common import pictures, times
 from common.exact import exact
 from common.options import DataOptions
 from ddim_jax.checks import check_types
@@ -110,11 +110,10 @@ class SampleSet:
         """What decides the images, in a line."""
         c = self.content
         of = c["fingerprint"]["weights"]
-        sampler = c["sampler"].replace("sigma_hat", "sigma-hat")
         parts = [
             f"seed {c['seed']}",
-            f"S {c['num_sample_steps']} {c['spacing']}",
-            sampler if c["eta"] is None else f"eta {exact(c['eta'])}",
+            f"S {c['num_sample_steps']} {times.shown(c['spacing'])}",
+            rule_of(c["sampler"], c["eta"]),
             f"class {c['label']}" if c.get("label") is not None else "",
             f"guidance {exact(c['guidance_scale'])}" if c["guidance_scale"] != 1 else "",
             "x0 clipped" if c["fingerprint"].get("clip_x0") else "",
@@ -122,6 +121,12 @@ class SampleSet:
             f"run {c['fingerprint_id']}",
         ]
         return ", ".join(filter(None, parts))
+
+
+def rule_of(sampler: str, eta: float | None) -> str:
+    """How images are drawn, in words: "eta 0.5", "sigma-hat", "mine, eta 0.5"."""
+    words = [] if sampler == "ddim" else [sampler.replace("sigma_hat", "sigma-hat")]
+    return ", ".join(words if eta is None else [*words, f"eta {exact(eta)}"])
 
 
 def open_to_draw(

@@ -10,12 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.sweep_seeds import Lines
-from common.sweep_store import Cell, cell_of
+from common.sweep_store import ABOUT, Cell, cell_of
 from ddim_jax.files import read_json
 from ddim_jax.runs import weights_called
-
-ABOUT = ("model", "begun", "command", "cells", "paper")
-"""What sweep.json has for the reader alone: nobody compares it."""
 
 
 def about(
@@ -58,8 +55,8 @@ def read_about(out: pathlib.Path) -> dict[str, Any]:
 
 def sentences(facts: Mapping[str, Any], lines: Lines) -> list[str]:
     """The report's head, as paragraphs."""
-    line = lines[0]
-    weights, runs = line["weights"], sorted({x["fingerprint_id"] for x in lines if x.get(_ID)})
+    weights = lines[0]["weights"]
+    runs = sorted({x["fingerprint_id"] for x in lines if x.get("fingerprint_id")})
     model = f"{facts['model']}, " if "model" in facts else ""
     found = [
         f"Model: {model}{weights_called(weights['kind'], weights['step'])}, hash "
@@ -71,9 +68,6 @@ def sentences(facts: Mapping[str, Any], lines: Lines) -> list[str]:
     if "command" in facts:
         found.append(f"Command: {facts['command']}")
     return found
-
-
-_ID = "fingerprint_id"
 
 
 def _missing(wanted: Sequence[Sequence[Any]], lines: Lines) -> str:

@@ -116,7 +116,7 @@ def _plot(
         paper = [(s, value) for s in steps if (value := papers_own(theirs, row, s)) is not None]
         if paper:
             axes.plot(*zip(*paper, strict=True), linestyle=":", color=ours.get_color())
-    if theirs and _shows_papers(name, lines, theirs):
+    if _shows_papers(name, lines, theirs):
         axes.plot([], [], linestyle=":", color=GREY, label="the paper")
     axes.set(xscale="log", yscale=measure["axis"], xlabel=label, ylabel=measure["title"])
     for axis in (axes.xaxis, axes.yaxis):

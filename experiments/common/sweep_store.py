@@ -31,6 +31,8 @@ from ddim_jax.solvers import SAMPLERS
 
 FORMAT = 3
 _READ = (2, FORMAT)
+ABOUT = ("model", "begun", "command", "cells", "paper")
+"""What sweep.json has for the report's reader alone: nobody compares it. See `sweep_about`."""
 PARTIAL, DRAWN = "partial.npz", "drawn.npz"
 _TIMES = 2  # since when one step starts at noise, and T steps are all
 
@@ -149,7 +151,7 @@ def find_settings(
         wanted = sweep_format_1.comparable(wanted, run)
     wanted = {**wanted, "batch_size": batch_size or there.get("batch_size")}
     ignored = {"format", "fingerprint_id", "spacing", "seed"}  # the latter two are the cells'
-    ignored |= {"model", "begun", "command", "cells", "paper"}  # for the report alone
+    ignored |= {*ABOUT}
     # Where those images stood is not what decides: their statistics' hash is compared.
     ignored |= {f"measures.{column}.statistics_of" for column in wanted["measures"]}
     if differ := differences(there, json.loads(json.dumps(wanted)), ignored):

@@ -53,8 +53,7 @@ def file_name(spacing: str) -> str:
     """What files call it: all of a short list, a hash of a long one."""
     if not is_list(spacing):
         return spacing
-    digest = hashlib.sha256(spacing.encode()).hexdigest()[:8]
-    return f"times_{spacing.replace(' ', '-') if length(spacing) <= 6 else digest}"
+    return f"times_{spacing.replace(' ', '-') if length(spacing) <= 6 else _digest(spacing)}"
 
 
 def shown(spacing: str) -> str:
@@ -64,5 +63,8 @@ def shown(spacing: str) -> str:
     words = spacing.split()
     if len(words) <= _SHOWN:
         return f"t = {', '.join(words)}"
-    digest = hashlib.sha256(spacing.encode()).hexdigest()[:8]
-    return f"t = {', '.join(words[:3])}, ..., {', '.join(words[-3:])} ({digest})"
+    return f"t = {', '.join(words[:3])}, ..., {', '.join(words[-3:])} ({_digest(spacing)})"
+
+
+def _digest(spacing: str) -> str:
+    return hashlib.sha256(spacing.encode()).hexdigest()[:8]
