@@ -21,8 +21,14 @@ from ddim_jax.train import TrainState, train_step
 T = TypeVar("T")
 AXIS = "devices"
 
-replicate = flax.jax_utils.replicate
-"""A pytree, copied to each of this host's devices along a new leading axis."""
+
+def replicate(tree: Any) -> Any:
+    """A pytree, copied to each of this host's devices along a new leading axis.
+
+    On the mesh that pmap's results are on. Of the same arrays on another, as flax leaves them,
+    pmap would compile its program once more as soon as it is given its own results.
+    """
+    return jax.device_put(flax.jax_utils.replicate(tree), _over_this_host(PartitionSpec(AXIS)))
 
 
 def unreplicate(tree: Any) -> Any:

@@ -59,9 +59,10 @@ def test_the_arithmetic_is_the_networks():
 def test_a_turn_runs_each_once_after_one_to_warm_up():
     calls = []
     runs = {name: lambda name=name: calls.append(name) for name in "ab"}
-    times = benchmark.take_turns(runs, 3)
-    assert calls == ["a", "b"] * 4
-    assert [len(times[name]) for name in "ab"] == [3, 3]
+    for turn, times in enumerate(benchmark.take_turns(runs, 3), 1):
+        assert calls == ["a", "b"] * (1 + turn)
+        assert [len(times[name]) for name in "ab"] == [turn, turn]
+    assert len(calls) == 8
 
 
 def test_a_missing_peer_is_said_in_a_line(monkeypatch):

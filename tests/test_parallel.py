@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 import textwrap
+import unittest
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from ddim_jax import parallel
+from ddim_jax import parallel, train
 
 
 def in_process_with_devices(count: int, code: str) -> str:
@@ -137,6 +139,23 @@ def test_unreplicate_gives_copies_on_the_host():
     donated = jax.pmap(lambda w: w + 1, donate_argnums=0)(replicas["w"])
     jax.block_until_ready(donated)
     np.testing.assert_array_equal(got["w"], tree["w"])
+
+
+def test_training_compiles_once():
+    """It did twice: what `replicate` made was placed on another mesh than what pmap returns."""
+    tx = optax.adam(1e-3)
+    state = train.init_train_state(jax.random.key(0), {"w": jnp.ones(3)}, tx)
+
+    def loss_fn(params, inputs):
+        return jnp.square(inputs.batch["image"] - params["w"]).mean(-1), inputs.state
+
+    step = parallel.pmap_train_step(loss_fn, tx, ema_decay=0.9)
+    replicas, batch = parallel.replicate(state), parallel.shard({"image": np.zeros((8, 3))})
+    with jax.log_compiles(), unittest.TestCase().assertLogs("jax", "WARNING") as logs:
+        for _ in range(3):
+            replicas, _ = step(replicas, batch)
+    compiled = [line for line in logs.output if "Finished XLA compilation" in line]
+    assert len(compiled) == 1, compiled
 
 
 def test_over_devices_splits_only_the_arrays():

@@ -21,7 +21,7 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -34,6 +34,7 @@ import torch_peer
 from common import cli
 
 from ddim_jax import parallel, train
+from ddim_jax.files import write_whole
 from ddim_jax.objectives import Denoising, Setup
 from ddim_jax.paths import File
 from ddim_jax.runs import ModelConfig
@@ -64,8 +65,8 @@ class BenchmarkConfig:
     num_train_steps: int = 1
     """Updates between two looks at the clock."""
     peer: Literal["none", "diffusers"] = "none"
-    """Whom to compare with: the same network, same weights, in torch's two memory layouts, and on
-    a GPU compiled as well."""
+    """Whom to compare with: the same network, same weights, in torch's two memory layouts; on a GPU
+    in the faster one, as it is and compiled."""
     matmul_size: int = 4096
     """Side of the matrix product that is taken as the device's peak."""
     num_turns: int = 5
@@ -82,7 +83,8 @@ def main(config: BenchmarkConfig) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
     model = config.model.make(image_channels=3)
     params = _random_params(model, config.image_size)
-    a = jnp.ones((config.matmul_size, config.matmul_size), config.model.dtype)
+    # Random: a GPU multiplies ones faster, since fewer of its transistors switch.
+    a = jax.random.normal(jax.random.key(0), (config.matmul_size,) * 2, config.model.dtype)
     runs: dict[str, Run] = {"matmul": _waiting(jax.jit(jnp.matmul), a, a)}
     work: dict[str, tuple[str, int, float]] = {}  # run -> our run, images, FLOPs
     forward, both = _flops(model, params, config.image_size, batch_size=1)
@@ -102,36 +104,46 @@ def main(config: BenchmarkConfig) -> None:
                 runs[f"{name}, {peer}"] = theirs(network, config, size)
                 work[f"{name}, {peer}"] = name, images, images * flops
 
-    seconds = {name: min(times) for name, times in take_turns(runs, config.num_turns).items()}
-    peak = 2 * config.matmul_size**3 / seconds["matmul"]
-    rows = [
-        {
-            "what": name,
-            "ms_per_image": 1e3 * seconds[name] / images,
-            "share_of_peak": flops / seconds[name] / peak,
-            "ours_takes": seconds[ours] / seconds[name],
-        }
-        for name, (ours, images, flops) in work.items()
-    ]
-    facts = _facts(config, peak)
+    if config.out is not None:
+        pathlib.Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    facts, rows = {}, []
+    for times in take_turns(runs, config.num_turns):
+        seconds = {name: min(of_run) for name, of_run in times.items()}
+        peak = 2 * config.matmul_size**3 / seconds["matmul"]
+        rows = [
+            {
+                "what": name,
+                "ms_per_image": 1e3 * seconds[name] / images,
+                "share_of_peak": flops / seconds[name] / peak,
+                "ours_takes": seconds[ours] / seconds[name],
+            }
+            for name, (ours, images, flops) in work.items()
+        ]
+        facts = _facts(config, peak)
+        if config.out is not None:  # after each turn: one that is stopped keeps those before it
+            text = json.dumps(facts | {"rows": rows}, indent=2) + "\n"
+            write_whole(pathlib.Path(config.out), text.encode())
     print(_table(rows, config, facts))
     if config.out is not None:
-        path = pathlib.Path(config.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
-        print(f"\nsee {path}")
+        print(f"\nsee {config.out}")
 
 
-def take_turns(runs: dict[str, Run], num_turns: int) -> dict[str, list[float]]:
-    """Seconds of every run, each run once a turn, after one turn to compile and warm up."""
+def take_turns(runs: dict[str, Run], num_turns: int) -> Iterator[dict[str, list[float]]]:
+    """After each turn the seconds of every run so far, in each of which each runs once.
+
+    In a turn before them all are compiled, which stderr says: a compiler can take minutes.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(num_turns + 1):
+    for name, run in runs.items():
+        start = time.perf_counter()
+        run()
+        print(f"{name}: first {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+    for _ in range(num_turns):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return times
+            times[name].append(time.perf_counter() - start)
+        yield times
 
 
 # ----------------------------------------------------------------------------------------- ours
@@ -199,13 +211,19 @@ def _latents(config: BenchmarkConfig, batch_size: int) -> jax.Array:
 
 
 def _flops(model: UNet, params: Any, image_size: int, batch_size: int) -> tuple[float, float]:
-    """Floating-point operations of the network on a batch: forward, and with gradients."""
-    x = jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32)
+    """Floating-point operations of the network on a batch: forward, and with gradients.
+
+    As XLA counts them on the CPU, which is always there: for a GPU it counts none before it
+    compiles, and after that none of what became calls of cuDNN.
+    """
+    cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    x = jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32, sharding=cpu)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=cpu), params)
 
     def forward(params, x):
         return jnp.sum(model.apply({"params": params}, x, 0))  # pyright: ignore[reportArgumentType]
 
-    costs = [jax.jit(f).lower(params, x) for f in (forward, jax.value_and_grad(forward))]
+    costs = [jax.jit(f).lower(shapes, x) for f in (forward, jax.value_and_grad(forward))]
     one, both = ((cost.cost_analysis() or {})["flops"] for cost in costs)
     return one, both
 
