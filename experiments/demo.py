@@ -130,7 +130,7 @@ def _draw_everything(
 ) -> None:
     """The pictures, and the README that shows them."""
     draw = {s: _drawer(run, s, config.seeds[0]) for s in config.steps}
-    real = np.concatenate([b["image"] for b in sequential_batches(load_images("digits"), 1024)])
+    real, held_out = _digits("train"), _digits("test")
     networks = {features: network_of(features, None, path) for features, path in stats.items()}
     column = frechet_metric().numbers[0]
     floors = {
@@ -143,7 +143,8 @@ def _draw_everything(
     most = max(config.steps)
     samples = draw[most](NUM_JUDGED, 0.0)
     sure = {
-        "real digits": _confidence(networks["classifier"], real),
+        "real digits it never saw": _confidence(networks["classifier"], held_out),
+        "those it was trained on": _confidence(networks["classifier"], real),
         f"DDIM samples of S = {most}": _confidence(networks["classifier"], samples),
     }
     _plot_distances(out / "distance.png", lines, floors)
@@ -151,6 +152,11 @@ def _draw_everything(
     _draw_consistency(out / "consistency.png", draw)
     _draw_denoising(out / "denoising.png", run, config.seeds[0])
     (out / "README.md").write_text(_report(lines, floors, sure, timing))
+
+
+def _digits(split: str) -> np.ndarray:
+    images = load_images("digits", split=split)
+    return np.concatenate([batch["image"] for batch in sequential_batches(images, 1024)])
 
 
 def _confidence(classifier: FeatureNetwork, images: np.ndarray) -> float:
@@ -302,8 +308,9 @@ def _report(
 what is about as near is at the floor, and its order is chance.
 
 {tables}
-{protocol(lines)} The
-classifier's mean confidence is {judged}.
+{protocol(lines)}
+
+The classifier's mean confidence is {judged}.
 
 ![distance against steps](distance.png)
 

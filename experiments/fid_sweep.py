@@ -37,6 +37,7 @@ from common.sweep_store import (
     cell_of,
     drop_other_times,
     find_settings,
+    load_progress,
     read_results,
     sweep_settings,
     write_settings,
@@ -229,10 +230,16 @@ def _measure_missing(sweep: Sweep, config: SweepConfig) -> None:
     if not missing:
         write_settings(out, settings | {"batch_size": there["batch_size"]})
         return
-    costs, batch_size = fitting_costs(sweep, missing, there.get("batch_size") or config.batch_size)
+    batch_size = there.get("batch_size") or config.batch_size
+    if batch_size is None:  # guidance needs the most memory, so it decides
+        missing.sort(key=lambda cell: cell.guidance_scale == 1)
+    name = missing[0].name(settings["spacing"], settings["seed"])
+    drawn = load_progress(out, name, drawer.measures).count
+    start = drawn if drawn < config.num_samples else 0
+    costs, batch_size = fitting_costs(sweep, missing[0], start, batch_size)
     settings["batch_size"] = batch_size
     write_settings(out, settings)
-    print_estimate(sweep, missing, costs, batch_size)
+    print_estimate(sweep, missing, costs, batch_size, max(drawn, start + batch_size) // batch_size)
     measure_cells(sweep, missing, costs, settings, lambda: write_report(out, config.paper))
 
 

@@ -107,6 +107,60 @@ def test_a_cells_numbers_are_computed_while_the_next_is_drawn(tmp_path, monkeypa
     assert machine.lines == CELLS[:2]
 
 
+def test_the_batch_that_measures_the_costs_is_the_first_of_its_cell(tmp_path, monkeypatch):
+    """It is handed out once, to its own cell alone, and the other batches are drawn as ever."""
+    drawn = []
+
+    def map_batches(program, inputs, batches):
+        for indices in batches:
+            drawn.append((inputs, indices.tolist()))
+            yield Batch(None, np.ones(len(indices), bool), {"index": indices})
+
+    monkeypatch.setattr(sweep_draw, "map_batches", map_batches)
+    monkeypatch.setattr(Drawer, "_inputs", lambda drawer, cell: cell.name("uniform", 0))
+    drawer = Drawer(None, [], dict.fromkeys(map(program_key, CELLS)))  # pyright: ignore
+    first, second = CELLS[:2]
+    batches = [np.arange(i, i + 10) for i in (20, 30, 40)]
+    drawer.draw_ahead(first, batches[0])
+    assert drawer.seconds_ahead(first, 20) > 0
+    assert drawer.seconds_ahead(first, 30) == drawer.seconds_ahead(second, 20) == 0
+    for cell in (second, first, first):
+        got = [batch.features["index"].tolist() for batch in drawer.draw(cell, batches)]
+        assert got == [b.tolist() for b in batches]
+    assert [i for name, (i, *_) in drawn if name == first.name("uniform", 0)] == [
+        20,  # ahead
+        30, 40,  # the first time without it
+        20, 30, 40,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("max_seconds", "count"), [(18.0, 1), (20.0, 2), (30.0, 3)])
+def test_a_stop_counts_the_batch_that_is_drawn_already(tmp_path, monkeypatch, max_seconds, count):
+    """Batches of 8 s, one drawn before, and 3 s for numbers and report: 8 + 8 + 3 fit into 20."""
+    machine = Time(monkeypatch)
+    slow = Cell(75, "ddim", 0.0, 1.0, "uniform")
+    given = sweep(tmp_path, max_seconds)
+    given.drawer.compiled.add(program_key(slow))
+    given.drawer.ahead[slow, 0] = Batch(None, np.ones(10, bool), {}), 8.0
+    machine.now = 8.0
+
+    def draw(drawer, cell, batches, is_shown):
+        """Like `map_batches`: one is begun while the one before is waited for."""
+        under_way = 0
+        for number, indices in enumerate(batches):
+            machine.now += 8.0 * under_way
+            if number < 1 or under_way:
+                yield Batch(None, np.ones(len(indices), bool), {})
+            under_way = int(number > 0)
+        machine.now += 8.0 * under_way
+        yield from [Batch(None, np.ones(10, bool), {})] * under_way
+
+    monkeypatch.setattr(Drawer, "draw", draw)
+    measure_cells(given, [slow], costs(), SETTINGS, lambda: None)
+    assert machine.now == 8.0 * count
+    assert machine.now + 3.0 <= max_seconds
+
+
 def test_the_clock_of_a_call_begins_with_its_process():
     code = "import time; time.sleep(0.6); from common.sweep_time import process_seconds as s; "
     started = time.monotonic()

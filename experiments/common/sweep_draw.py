@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -63,6 +64,19 @@ class Drawer:
     programs: Mapping[ProgramKey, DeviceProgram]
     compiled: set[ProgramKey] = dataclasses.field(default_factory=set)
     """Of which programs `compile` was called."""
+    ahead: dict[tuple[Cell, int], tuple[Batch, float]] = dataclasses.field(default_factory=dict)
+    """Batches that `draw_ahead` drew and their seconds, by cell and first index."""
+
+    def draw_ahead(self, cell: Cell, indices: np.ndarray) -> Batch:
+        """Draw one batch now, which `draw` will hand out; whatever it needs should be compiled."""
+        started = time.monotonic()
+        (batch,) = self.draw(cell, [indices], lambda indices: True)
+        self.ahead[cell, int(indices[0])] = batch, time.monotonic() - started
+        return batch
+
+    def seconds_ahead(self, cell: Cell, index: int) -> float:
+        """What the batch that begins there took, if it is drawn already; else 0."""
+        return self.ahead[cell, index][1] if (cell, index) in self.ahead else 0.0
 
     def draw(
         self,
@@ -74,6 +88,12 @@ class Drawer:
 
         The images too of those that `is_shown(indices)`.
         """
+        batches = iter(batches)
+        for first in itertools.islice(batches, 1):
+            if (drawn := self.ahead.pop((cell, int(first[0])), None)) is None:
+                batches = itertools.chain([first], batches)
+            else:
+                yield drawn[0]
         images = self.programs[program_key(cell)]
 
         def program(inputs: DrawInputs, indices: np.ndarray) -> Batch:
@@ -84,7 +104,7 @@ class Drawer:
             }
             return Batch(pixels.images if is_shown(indices) else None, pixels.finite, features)
 
-        return map_batches(program, self._inputs(cell), batches)
+        yield from map_batches(program, self._inputs(cell), batches)
 
     def _inputs(self, cell: Cell) -> DrawInputs:
         shares = program_key(cell)[-1] is None

@@ -44,19 +44,22 @@ class Sweep(NamedTuple):
     clock: Clock
 
 
-def fitting_costs(sweep: Sweep, missing: list[Cell], batch_size: int | None) -> tuple[Costs, int]:
-    """What the parts cost, and a batch size at which the devices' memory suffices if none is
-    given."""
-    # Guidance needs the most memory; how many steps there are does not matter to it.
-    cell = min(missing, key=lambda cell: (cell.guidance_scale == 1, cell.network_calls()))
+def fitting_costs(
+    sweep: Sweep, cell: Cell, start: int, batch_size: int | None
+) -> tuple[Costs, int]:
+    """What the parts cost by the cell's batch from `start`, and a batch size at which the devices'
+    memory suffices if none is given."""
     devices = jax.local_device_count()
+
+    def costs(size: int) -> Costs:
+        return measured_costs(sweep.drawer, cell, start + np.arange(size), sweep.num_samples)
+
     if batch_size is not None:
-        return measured_costs(sweep.drawer, cell, batch_size, sweep.num_samples), batch_size
+        return costs(batch_size), batch_size
     share = min(256, -(-sweep.num_samples // devices))
     while True:
         try:
-            costs = measured_costs(sweep.drawer, cell, share * devices, sweep.num_samples)
-            return costs, share * devices
+            return costs(share * devices), share * devices
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or share == 1:
                 raise
@@ -64,10 +67,16 @@ def fitting_costs(sweep: Sweep, missing: list[Cell], batch_size: int | None) -> 
         share //= 2
 
 
-def print_estimate(sweep: Sweep, missing: list[Cell], costs: Costs, batch_size: int) -> None:
-    """Say how long the whole call will take, and of what that is made."""
+def print_estimate(
+    sweep: Sweep, missing: list[Cell], costs: Costs, batch_size: int, num_drawn: int
+) -> None:
+    """Say how long the whole call will take, and of what that is made.
+
+    num_drawn: batches of the first cell that are drawn.
+    """
     num_batches = -(-sweep.num_samples // batch_size)
     remaining = costs.all_of(missing, sweep.drawer.compiled, num_batches)
+    remaining -= num_drawn * costs.batch(missing[0])
     seconds = sweep.clock.seconds() + remaining
     shortest = min(missing, key=Cell.network_calls)
     print(
@@ -165,7 +174,8 @@ def _draw(sweep: Sweep, cell: Cell, name: str, batch_size: int, costs: Costs, ba
     measures, total = sweep.drawer.measures, sweep.num_samples
     progress = load_progress(sweep.out, name, measures)
     bar.skip(progress.count * cell.network_calls())
-    before, started = progress.seconds, time.monotonic()
+    ahead = sweep.drawer.seconds_ahead(cell, progress.count)
+    before, started = progress.seconds, time.monotonic() - ahead
     # Whole batches, the last one too: then every call runs the same program, to the same bits.
     whole = -(-total // batch_size) * batch_size
     batches = [
@@ -173,7 +183,7 @@ def _draw(sweep: Sweep, cell: Cell, name: str, batch_size: int, costs: Costs, ba
         for indices in index_batches(whole, batch_size, progress.count)
         if indices[0] < total  # none is left of a cell that was killed at its end
     ]
-    in_time = _in_time(sweep, cell, batches, costs)
+    in_time = _in_time(sweep, cell, batches, costs, num_drawn=int(ahead > 0))
     drawn = sweep.drawer.draw(cell, in_time, lambda indices: indices[0] == 0 or sweep.save_images)
     # Fewer are drawn where time is up.
     for number, (indices, batch) in enumerate(zip(batches, drawn, strict=False), 1):
@@ -200,15 +210,16 @@ def _draw(sweep: Sweep, cell: Cell, name: str, batch_size: int, costs: Costs, ba
 
 
 def _in_time(
-    sweep: Sweep, cell: Cell, batches: list[np.ndarray], costs: Costs
+    sweep: Sweep, cell: Cell, batches: list[np.ndarray], costs: Costs, num_drawn: int
 ) -> Iterator[np.ndarray]:
-    """The batches that will be done in time; the first one always.
+    """The batches that will be done in time; the first one always, and `num_drawn`, which are.
 
     Asked for one, the batch before it has just begun, so that is waited for too.
     """
     for number, indices in enumerate(batches):
-        closing = costs.report + costs.numbers
-        if number > 0 and not sweep.clock.has(2 * costs.batch(cell) + closing):
+        begun = 2 if number > num_drawn else 1
+        seconds = begun * costs.batch(cell) + costs.report + costs.numbers
+        if number > 0 and not sweep.clock.has(seconds):
             return
         yield indices
 

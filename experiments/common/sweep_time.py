@@ -59,17 +59,15 @@ class Costs:
         return sum(map(self.program, programs.values())) + together + self.report
 
 
-def measured_costs(drawer: Drawer, cell: Cell, batch_size: int, num_samples: int) -> Costs:
-    """Costs by one batch of the cell, which is thrown away, after compiling its program."""
-    compiling = drawer.compile(cell, batch_size)
-    (batch,) = drawer.draw(cell, [np.arange(batch_size)])  # the features' programs are compiled
-    started = time.monotonic()
-    (batch,) = drawer.draw(cell, [np.arange(batch_size)])
-    drawing = time.monotonic() - started
-    features = _feature_seconds(drawer, batch_size)
+def measured_costs(drawer: Drawer, cell: Cell, indices: np.ndarray, num_samples: int) -> Costs:
+    """Costs by the cell's batch of these indices, which the drawer keeps, and its program."""
+    compiling = drawer.compile(cell, len(indices))
+    features = _feature_seconds(drawer, len(indices))  # and their programs are compiled
+    batch = drawer.draw_ahead(cell, indices)
+    drawing = drawer.seconds_ahead(cell, int(indices[0]))
     started = time.monotonic()
     for measure in drawer.measures:
-        measure.update(measure.init(), batch.features[measure.name], np.arange(batch_size))
+        measure.update(measure.init(), batch.features[measure.name], indices)
     updating = time.monotonic() - started
     return Costs(
         compiling=compiling * cell.num_steps / cell.network_calls(),
