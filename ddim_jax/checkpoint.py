@@ -1,15 +1,22 @@
 """Checkpoints of any pytree, with orbax: saved in the background, the last few kept.
 
 A checkpoint is a folder named after its step. Orbax writes it under another name and renames it
-when it is whole, so a run that is killed while saving leaves the checkpoint before it usable.
+when it is whole, so a run that is killed while saving leaves the checkpoint before it usable. With
+it stands the hash of each array, which is compared when the array is read: a bit that flipped on
+the disk is damage, not another number. Checkpoints of before there were hashes are read without.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
+import hashlib
+import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+import shutil
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -21,6 +28,13 @@ from ddim_jax.paths import local_path
 
 Tree = TypeVar("Tree")
 
+HASHES, FORMAT = "ddim_jax", 1
+"""Where the hashes stand in a checkpoint's metadata, and how."""
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that cannot be read, or whose arrays are not those that were saved."""
+
 
 class Checkpointer:
     """The checkpoints in one folder.
@@ -31,11 +45,17 @@ class Checkpointer:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, keep: int = 3, keep_every: int | None = None
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        on_saved: Callable[[int], object] = lambda step: None,
     ):
         """Saves into `directory`, made when needed, where the newest `keep` checkpoints stay.
 
-        So do, for ever, those whose step is a multiple of `keep_every`.
+        So do, for ever, those whose step is a multiple of `keep_every`. `on_saved(step)` is called
+        once a checkpoint is whole on disk, in the background.
         """
         for name, value in (("keep", keep), ("keep_every", keep_every)):
             if value is not None and value < 1:
@@ -43,6 +63,8 @@ class Checkpointer:
         self._keep_every = keep_every
         self.directory = local_path(directory, "directory", "folder").absolute()
         self._keep = keep
+        self._on_saved, self._saving = on_saved, 0
+        self._may_have_leftovers = True
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:  # made late: reading must not make the folder
@@ -50,7 +72,9 @@ class Checkpointer:
             self.directory,
             item_handlers=ocp.PyTreeCheckpointHandler(),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, keep_period=self._keep_every
+                max_to_keep=self._keep,
+                keep_period=self._keep_every,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._saved),
             ),
         )
 
@@ -76,26 +100,79 @@ class Checkpointer:
                 f"step must be after the newest checkpoint in {self.directory}, {latest}; "
                 f"got {step}. To go on from an earlier step, move the later ones away."
             )
+        self.wait()
+        self._clear_leftovers()
         # On the host, so that what is saved knows no device: any number of them can restore it.
         # Copied, since a CPU array's host view shares memory that the next step may be given.
         tree = jax.tree.map(np.array, jax.device_get(jax.tree.map(_without_key_type, tree)))
-        self._manager.save(step, args=ocp.args.PyTreeSave(tree))
+        self._saving = step
+        self._manager.save(
+            step,
+            args=ocp.args.PyTreeSave(tree),
+            custom_metadata={HASHES: {"format": FORMAT, "sha256": _hashes(_named_leaves(tree))}},
+        )
 
     def restore(self, template: Tree, step: int | None = None, *, partial: bool = False) -> Tree:
-        """The tree saved at `step` (newest if None), bit for bit, with the template's structure.
+        """The tree saved at `step`, bit for bit, with the template's structure.
+
+        With None it is the newest that is whole: a warning names those after it that are damaged.
 
         The template's leaves are arrays, `jax.ShapeDtypeStruct`s (of `jax.eval_shape`) or numbers;
         a JAX array comes back where the template's one is, a NumPy array on the host. With
         `partial` the template may leave out parts of what was saved, and only its own are read:
         restore({"ema_params": params}, partial=True) needs no optimizer.
 
-        Raises ValueError if there is no such checkpoint, if it is damaged, or if names, shapes or
-        dtypes differ from the template's, listing them.
+        Raises ValueError if there is no such checkpoint, or if names, shapes or dtypes differ from
+        the template's, listing them; DamagedCheckpointError, which is one, if it is damaged, or all
+        are.
         """
+        if step is None:
+            return self.restore_newest(template, partial=partial)[0]
         self.wait()
-        step = self._existing_step(step)
+        return self._restored(template, self._existing_step(step), partial)
+
+    def restore_newest(self, template: Tree, *, partial: bool = False) -> tuple[Tree, int]:
+        """What `restore` returns without a step, and the step it is of."""
+        self.wait()
+        self._existing_step(None)
+        damaged: list[DamagedCheckpointError] = []
+        for step in reversed(self.all_steps()):
+            try:
+                tree = self._restored(template, step, partial)
+            except DamagedCheckpointError as error:
+                damaged.append(error)
+                continue
+            for error in damaged:
+                warnings.warn(f"{error} Taken instead: step {step}.", stacklevel=2)
+            return tree, step
+        if len(damaged) == 1:
+            raise DamagedCheckpointError(
+                f"{damaged[0]} It is the only one here: copy it again, or start in a new folder."
+            ) from damaged[0]
+        raise DamagedCheckpointError(
+            f"all {len(damaged)} checkpoints in {self.directory} are damaged; the newest: "
+            f"{damaged[0]} Copy them again, or start in a new folder."
+        ) from damaged[0]
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints after `step`, damaged ones, so that a run can go on from there.
+
+        Nothing is deleted: the folder of step 8 becomes 8.damaged.
+        """
+        for later in (other for other in self.all_steps() if other > step):
+            folder = self.directory / str(later)
+            if jax.process_index() == 0:
+                aside = folder.with_name(f"{later}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+                folder.rename(aside)
+        self._manager.reload()
+
+    def _restored(self, template: Tree, step: int, partial: bool) -> Tree:
         with self._naming_damage(step):
             saved = self._manager.item_metadata(step).tree  # pyright: ignore
+            hashes = self._saved_hashes(step)
+            if hashes is not None and hashes.keys() != _specs(saved).keys():
+                raise ValueError("its list of arrays is not the one that was saved")
         self._check_same(step, _specs(saved), _specs(template), partial)
         # Asked for as it was saved: a field without leaves, if it is newer, is nowhere on disk.
         item = _entries_with(saved, _specs(template)) if partial else saved
@@ -106,6 +183,13 @@ class Checkpointer:
         )
         with self._naming_damage(step):
             found = _named_leaves(self._manager.restore(step, args=args))
+            wrong = [
+                name
+                for name, digest in _hashes(found).items()
+                if hashes is not None and hashes[name] != digest
+            ]
+            if wrong:
+                raise ValueError(f"{len(wrong)} arrays are not what was saved, {wrong[0]} is one")
         structure = jax.tree.structure(template)
         restored = structure.unflatten(found[name] for name in _specs(template))
         return jax.tree.map(_placed_like, template, restored)
@@ -125,6 +209,27 @@ class Checkpointer:
 
     def __exit__(self, *exception: object) -> None:  # noqa: D105
         self.close()
+
+    def _saved(self) -> None:
+        self._on_saved(self._saving)
+
+    def _clear_leftovers(self) -> None:
+        """Delete what a killed process was still saving; whoever saves has the folder alone."""
+        if self._may_have_leftovers and jax.process_index() == 0:
+            for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(folder)
+        self._may_have_leftovers = False
+
+    def _saved_hashes(self, step: int) -> dict[str, str] | None:
+        """By name of the array; None for a checkpoint of before there were any."""
+        # By hand: orbax takes a file that it cannot read for one that says nothing.
+        path = self.directory / str(step) / "_CHECKPOINT_METADATA"
+        written = json.loads(path.read_text())["custom_metadata"].get(HASHES)
+        if written is None:
+            return None
+        if written["format"] != FORMAT:
+            raise ValueError(f"its hashes are of format {written['format']}, not {FORMAT}")
+        return written["sha256"]
 
     def _existing_step(self, step: int | None) -> int:
         steps = self.all_steps()
@@ -147,20 +252,14 @@ class Checkpointer:
             raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, error: Exception) -> ValueError:
-        others = [other for other in self.all_steps() if other != step]
         if not (self.directory / str(step)).exists():
             return ValueError(
                 f"{self.directory / str(step)} was removed while it was read, perhaps by a run "
                 "that keeps its newest checkpoints only; call again for one of those."
             )
-        return ValueError(
-            f"the checkpoint {self.directory / str(step)} is damaged "
-            f"({type(error).__name__}: {str(error)[:300]}). "
-            + (
-                f"Move it away to go on from step {others[-1]}."
-                if others
-                else "It is the only one here: copy it again, or start in a new folder."
-            )
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        return DamagedCheckpointError(
+            f"the checkpoint {self.directory / str(step)} is damaged ({kind}{str(error)[:300]})."
         )
 
     def _check_same(self, step: int, saved: Specs, wanted: Specs, partial: bool) -> None:
@@ -184,6 +283,19 @@ class Checkpointer:
                 "set-up:\n  " + "\n  ".join(lines[:10] + more) + "\n"
                 "Use the configuration it was saved with, or another folder."
             )
+
+
+def _hashes(leaves: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of each array's bytes, its dtype and shape, several at once."""
+
+    def digest(leaf: Any) -> str:
+        array = np.ascontiguousarray(leaf)
+        found = hashlib.sha256(f"{array.dtype} {np.shape(leaf)} ".encode())
+        found.update(array.reshape(-1).view(np.uint8).data)
+        return found.hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(zip(leaves, pool.map(digest, leaves.values()), strict=True))
 
 
 Specs: TypeAlias = dict[str, str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -16,6 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ddim_jax.paths import local_path
+
+SEAL = "seal"
 
 # ---------------------------------------------------------------------------------------------
 # Writing
@@ -48,6 +51,24 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
+def write_json(
+    path: str | os.PathLike[str], content: Mapping[str, Any], indent: int | None = 2
+) -> None:
+    """Write a JSON object whole, with a seal that `read_json` compares."""
+    write_whole(path, (json.dumps(sealed(content), indent=indent) + "\n").encode())
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with a hash of all the rest under "seal": a digit that flips is found."""
+    return {**content, SEAL: _seal_of(content)}
+
+
+def _seal_of(content: Mapping[str, Any]) -> str:
+    # As it will be read: lists for tuples, names for numbers as keys.
+    read = json.loads(json.dumps({key: value for key, value in content.items() if key != SEAL}))
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _sync_folder(folder: pathlib.Path) -> None:
     """Bring the names in a folder to the disk, where its file system can."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -67,10 +88,10 @@ def _sync_folder(folder: pathlib.Path) -> None:
 def read_json(
     path: str | os.PathLike[str], *, way_out: str = "Restore it or make it anew."
 ) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file, without its seal.
 
     Raises FileNotFoundError without a file, and ValueError, ending in `way_out`, when it is
-    damaged or holds something else than an object.
+    damaged, does not fit its seal, or holds something else than an object.
     """
     path = local_path(path)
     try:
@@ -81,7 +102,19 @@ def read_json(
         raise ValueError(
             f"{path} must hold a JSON object, {{...}}; it has a {type(content).__name__}. {way_out}"
         )
-    return content
+    with naming(path):
+        return unsealed(content, way_out)
+
+
+def unsealed(content: Mapping[str, Any], way_out: str) -> dict[str, Any]:
+    """The object without its seal, if it has one; ValueError if that does not fit the rest."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    if SEAL in content and content[SEAL] != _seal_of(rest):
+        raise ValueError(
+            f"it is not what was written, since its {SEAL!r} does not fit. {way_out} If you "
+            f"changed it on purpose, delete the {SEAL!r} too."
+        )
+    return rest
 
 
 @contextlib.contextmanager

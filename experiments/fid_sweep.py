@@ -40,6 +40,7 @@ from common.sweep_store import (
     load_progress,
     read_results,
     sweep_settings,
+    under_way,
     write_settings,
 )
 from common.sweep_table import PaperTable
@@ -49,6 +50,7 @@ from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.files import only_one_process
 from ddim_jax.paths import File, Folder
 from ddim_jax.runs.options import check_limits, option
+from ddim_jax.runs.stop import stop_signals
 from ddim_jax.schedule import Spacing
 from ddim_jax.solvers import SAMPLERS, named_sampler
 
@@ -156,7 +158,8 @@ def main(config: SweepConfig, started: float | None = None) -> None:
         save_images=config.save_images,
         clock=clock,
     )
-    with only_one_process(sweep.out):
+    with only_one_process(sweep.out), stop_signals("finishing this batch and keeping it") as stop:
+        clock.stop = stop
         _measure_missing(sweep, config)
         write_report(sweep.out, config.paper)
     print(f"{clock.seconds():.0f} s in this call; see {sweep.out / 'report.html'}")
@@ -231,10 +234,14 @@ def _measure_missing(sweep: Sweep, config: SweepConfig) -> None:
         write_settings(out, settings | {"batch_size": there["batch_size"]})
         return
     batch_size = there.get("batch_size") or config.batch_size
-    if batch_size is None:  # guidance needs the most memory, so it decides
-        missing.sort(key=lambda cell: cell.guidance_scale == 1)
-    name = missing[0].name(settings["spacing"], settings["seed"])
-    drawn = load_progress(out, name, drawer.measures).count
+
+    def name(cell: Cell) -> str:
+        return cell.name(settings["spacing"], settings["seed"])
+
+    # What is kept is gone on with; guidance needs the most memory, so it decides the batch size.
+    kept = under_way(out)
+    missing.sort(key=lambda c: (name(c) not in kept, batch_size is None and c.guidance_scale == 1))
+    drawn = load_progress(out, name(missing[0]), drawer.measures).count
     start = drawn if drawn < config.num_samples else 0
     costs, batch_size = fitting_costs(sweep, missing[0], start, batch_size)
     settings["batch_size"] = batch_size

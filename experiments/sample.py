@@ -10,6 +10,7 @@ again, goes on from there to the same files, and one with a larger --num-images 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from ddim_jax.paths import Folder
 from ddim_jax.runs import DrawInputs, Run, checked_images, image_program
 from ddim_jax.runs.draw import ImageProgram
 from ddim_jax.runs.options import check_limits, option
+from ddim_jax.runs.stop import Stop, stop_signals
 from ddim_jax.samplers import Sampler
 from ddim_jax.solvers import named_sampler, takes_eta
 
@@ -74,14 +76,21 @@ def main(config: SampleConfig) -> None:
     )
     settings = _settings(config, name, run, num_steps, spacing)
     out = pathlib.Path(config.out)
-    with only_one_process(out):
+    with only_one_process(out), stop_signals("finishing this batch and writing it") as stop:
         started = time.monotonic()
         samples = open_to_draw(out / RECORD, out / "images", settings, config.num_images)
         missing = samples.missing()
         if not samples.complete:  # what shows them all would show fewer, or others
             for product in (out / "grid.png", out / "samples.npz"):
                 product.unlink(missing_ok=True)
-        _draw(samples, program, DrawInputs(run.params, seed_key(config.seed)), missing)
+        _draw(samples, program, DrawInputs(run.params, seed_key(config.seed)), missing, stop)
+        if left := samples.missing():
+            there = config.num_images - len(left)
+            print(
+                f"stopped, {stop.name}: {there} of {config.num_images} images are in {out}; "
+                "call again for the rest"
+            )
+            return
         _finish(config, samples, out)
     seconds = time.monotonic() - started
     kept = config.num_images - len(missing)
@@ -125,9 +134,13 @@ def _settings(
 
 
 def _draw(
-    samples: SampleSet, program: ImageProgram, inputs: DrawInputs, missing: Sequence[int]
+    samples: SampleSet,
+    program: ImageProgram,
+    inputs: DrawInputs,
+    missing: Sequence[int],
+    stop: Stop,
 ) -> None:
-    """Write the missing images, a batch at a time.
+    """Write the missing images, a batch at a time, until all are there or a signal came.
 
     A batch is the same images in every call, though some of them are there: so that each call runs
     the same program, to the same bits.
@@ -137,8 +150,10 @@ def _draw(
     batches = [np.arange(start, start + size) for start in starts]
     absent = np.zeros(samples.num_images, bool)
     absent[missing] = True
+    batches_in_time = itertools.takewhile(lambda indices: not stop.asked, batches)
+    drawn = map_batches(program, inputs, batches_in_time)
     with Progress("sample.py", len(missing), "images") as progress:
-        for indices, pixels in zip(batches, map_batches(program, inputs, batches), strict=True):
+        for indices, pixels in zip(batches, drawn, strict=False):
             wanted = indices[indices < samples.num_images]
             images = checked_images(jax.tree.map(lambda array: array[: len(wanted)], pixels))  # noqa: B023
             new = absent[wanted]

@@ -1,4 +1,5 @@
 import functools
+import json
 import os
 import pathlib
 import shutil
@@ -18,7 +19,7 @@ import optax
 import PIL.Image
 import pytest
 
-from ddim_jax.checkpoint import Checkpointer
+from ddim_jax.checkpoint import Checkpointer, DamagedCheckpointError
 
 
 class State(NamedTuple):
@@ -267,9 +268,71 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, damage):
     (item,) = [path for path in (tmp_path / "2").iterdir() if path.is_dir()]
     damage(item)
     with Checkpointer(tmp_path) as checkpointer:
-        with pytest.raises(ValueError, match=r"/2 is damaged .*Move it away.*step 1"):
-            checkpointer.restore(make_state())
-        assert_bitwise(checkpointer.restore(make_state(), step=1), make_state(1))
+        with pytest.raises(DamagedCheckpointError, match=r"/2 is damaged \("):
+            checkpointer.restore(make_state(), step=2)
+        with pytest.warns(UserWarning, match=r"/2 is damaged .*Taken instead: step 1"):
+            assert_bitwise(checkpointer.restore(make_state()), make_state(1))
+        checkpointer.set_aside_after(1)
+        assert checkpointer.all_steps() == [1] and (tmp_path / "2.damaged").is_dir()
+        checkpointer.save(2, make_state(2))
+        assert_bitwise(checkpointer.restore(make_state()), make_state(2))
+
+
+def test_damage_everywhere_is_one_message_and_nothing_is_overwritten(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"w": np.ones(3)})
+    for step in (1, 2):
+        shutil.rmtree(tmp_path / str(step) / "default")
+    before = sorted(tmp_path.rglob("*"))
+    everywhere = pytest.raises(DamagedCheckpointError, match=r"all 2 checkpoints.*damaged.*/2 is")
+    with Checkpointer(tmp_path) as checkpointer, everywhere:
+        checkpointer.restore({"w": np.ones(3)})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_flipped_bit_gives_other_numbers(tmp_path):
+    """Each file of a checkpoint, bits drawn at random: the numbers saved, or a refusal."""
+    state, rng = make_state(1), np.random.default_rng(0)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state)
+    refused = 0
+    for path in sorted(path for path in (tmp_path / "1").rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        for place in rng.integers(8 * len(whole), size=4):
+            bits = np.unpackbits(np.frombuffer(whole, np.uint8))
+            bits[place] ^= 1
+            path.write_bytes(np.packbits(bits).tobytes())
+            with Checkpointer(tmp_path) as checkpointer:
+                try:
+                    assert_bitwise(checkpointer.restore(make_state(), 1), state)
+                except DamagedCheckpointError:
+                    refused += 1
+        path.write_bytes(whole)
+    assert refused >= 8  # arrays and lists of arrays; some files are not read
+
+
+def test_arrays_that_are_others_than_those_saved_are_damage(tmp_path):
+    """As a disk that gives back a neighbour's block: whole, readable and wrong."""
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        with Checkpointer(tmp_path / name) as checkpointer:
+            checkpointer.save(1, {"w": np.full(3, value), "v": np.zeros(2)})
+    shutil.rmtree(tmp_path / "a/1/default")
+    shutil.copytree(tmp_path / "b/1/default", tmp_path / "a/1/default")
+    damaged = pytest.raises(DamagedCheckpointError, match="1 arrays are not what was saved, w is")
+    with Checkpointer(tmp_path / "a") as checkpointer, damaged:
+        checkpointer.restore({"w": np.ones(3), "v": np.ones(2)}, 1)
+
+
+def test_a_checkpoint_of_before_there_were_hashes_is_read(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"w": np.ones(3)})
+    path = tmp_path / "1" / "_CHECKPOINT_METADATA"
+    written = json.loads(path.read_text())
+    assert written.pop("custom_metadata")["ddim_jax"]["sha256"].keys() == {"w"}
+    path.write_text(json.dumps(written | {"custom_metadata": {}}))
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.restore({"w": np.zeros(3)})["w"].tolist() == [1, 1, 1]
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before_it(tmp_path):
@@ -298,6 +361,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it(tmp_path):
         np.testing.assert_array_equal(checkpointer.restore({"x": np.zeros(10)})["x"], 1)
         checkpointer.save(2, {"x": np.full(10, 2.0)})
         np.testing.assert_array_equal(checkpointer.restore({"x": np.zeros(10)})["x"], 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]  # what it left is gone
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import edits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,7 +189,7 @@ def test_the_record_says_which_file_which_set_and_what_is_not_followed(folder, t
         assert f"the {kind} weights; also there and not read: " in out
         assert "does not follow: clip_sample True, steps_offset 1." in out
     # A workdir of before these were written down is the same workdir.
-    config = json.loads((tmp_path / "raw" / "config.json").read_text())
+    config = edits.content(tmp_path / "raw" / "config.json")
     for key in ("file", "set", "scheduler", "not_obeyed"):
         del config["converted_from"][key]
     (tmp_path / "raw" / "config.json").write_text(json.dumps(config))
@@ -238,7 +239,7 @@ def test_guidance_needs_a_last_class_that_is_said_to_be_none(tmp_path, capsys):
         assert load_trained(again).spec == load_trained(tmp_path / name).spec
 
     # Converted before it was written down: the last class was taken for none, whatever it was.
-    config = json.loads((tmp_path / "null" / "config.json").read_text())
+    config = edits.content(tmp_path / "null" / "config.json")
     assert config.pop("unconditional") is True
     (tmp_path / "null" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"not known to be trained.*convert them again"):

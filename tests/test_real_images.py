@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import edits
 import numpy as np
 import PIL.Image
 import pytest
@@ -29,7 +30,7 @@ def model_of(workdir: pathlib.Path, **config) -> str:
     """A network of zeros: what it encodes, it decodes to the same pixels."""
     make_model(workdir, std=0.0)
     path = workdir / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    path.write_text(json.dumps(edits.content(path) | config))
     return str(workdir)
 
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 
+import edits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,7 +152,8 @@ def test_a_spoilt_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path):
     with pytest.raises(FloatingPointError, match=r"step \d+ is nan"):
         # NaN from a clean optimizer state: weights thrown beyond what float32 can square.
         blown = dataclasses.replace(config, max_steps=30, learning_rate=1e30)
-        (tmp_path / "config.json").unlink()  # the rate is another configuration
+        described = edits.content(tmp_path / "config.json")  # the rate is another configuration
+        (tmp_path / "config.json").write_text(json.dumps(described | {"learning_rate": 1e30}))
         fit(blown)
     assert newest_step(tmp_path) == 2
 
@@ -401,7 +403,7 @@ def test_guidance_is_the_line_through_both_predictions(tmp_path):
 def changed(trained, folder, change):
     """A copy of the run whose config.json was changed."""
     shutil.copytree(trained, folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = edits.content(folder / "config.json")
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
     return folder

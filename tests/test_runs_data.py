@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 
+import edits
 import numpy as np
 import PIL.Image
 import pytest
@@ -81,7 +82,7 @@ def test_as_many_other_images_are_another_run(copy):
 
 def forget_content(workdir, **changes):
     """config.json as a version wrote it that did not compare content."""
-    config = json.loads((workdir / "config.json").read_text())
+    config = edits.content(workdir / "config.json")
     del config["data_content"]
     (workdir / "config.json").write_text(json.dumps(config | changes))
 

@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 
+import edits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,7 +196,7 @@ def test_a_run_from_before_the_option_goes_on_warming_up(tmp_path, capsys):
     fit(of(tmp_path / "new"))
     fit(of(tmp_path / "old", max_steps=3))
     path = tmp_path / "old" / "config.json"
-    config = json.loads(path.read_text())
+    config = edits.content(path)
     assert config.pop("ema_warmup") is True
     path.write_text(json.dumps(config))
     with refused("ema_warmup is True there and False now"):

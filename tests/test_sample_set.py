@@ -1,11 +1,11 @@
 """A folder of samples: killed and gone on with, grown, refused, and measured for what it is."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
 
+import edits
 import jax
 import numpy as np
 import PIL.Image
@@ -71,7 +71,7 @@ def test_a_set_is_what_the_library_draws_and_says_what_it_is(trained, finished):
     for i in range(5):
         image = PIL.Image.open(finished / "images" / f"{i:05d}.png")
         np.testing.assert_array_equal(np.asarray(image), want[i, ..., 0])
-    said = json.loads((finished / "samples.json").read_text())
+    said = edits.content(finished / "samples.json")
     assert said.pop("fingerprint") == run.fingerprint
     assert said == {
         "format": 1, "complete": True, "num_images": 5, "seed": 0, "num_sample_steps": 2,

@@ -29,6 +29,7 @@ from ddim_jax.runs.config import TrainConfig
 from ddim_jax.runs.draw import DrawInputs, Pixels, draw_pixels, image_program
 from ddim_jax.runs.folder import (
     DATA_CONTENT,
+    check_not_lost,
     checkpoints,
     has_checkpoints,
     load_codec_params,
@@ -40,6 +41,7 @@ from ddim_jax.runs.init_from import check_init_from, weights_from
 from ddim_jax.runs.log import Log, Watcher
 from ddim_jax.runs.measure import Measure, open_measure
 from ddim_jax.runs.spec import ROUNDING, RunParams, RunSpec
+from ddim_jax.runs.stop import Stop, stop_signals
 from ddim_jax.train import TrainState, adam_with_warmup, init_train_state
 
 NUM_PREVIEWS = 64
@@ -67,7 +69,7 @@ def fit(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> None:
     """Train to config.max_steps, or for config.max_seconds, leaving a checkpoint in config.workdir.
 
     A run found there is resumed, to the same bits as one that was never stopped. Losses go to
-    metrics.jsonl and to the watchers.
+    metrics.jsonl and to the watchers. SIGTERM and SIGINT finish the step, save it and return.
     Several hosts (`distributed`) must share the workdir, have equally many devices and be given the
     same settings and images. Each has its own process_id, and may spell or place `workdir`, `data`,
     `data_dir` and `coordinator` otherwise. They compare settings, images, versions, what is in the
@@ -93,6 +95,7 @@ def _fit(config: TrainConfig, watchers: Sequence[Watcher], started: float) -> No
     key = seed_key(config.seed)
     template = parallel.together(lambda: jax.eval_shape(job.init, key, weights))
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_stop_signals())
         first = jax.process_index() == 0
         parallel.together(lambda: first and stack.enter_context(only_one_process(job.workdir)))
         agree_on_workdir(job.workdir)
@@ -100,18 +103,28 @@ def _fit(config: TrainConfig, watchers: Sequence[Watcher], started: float) -> No
         checkpointer = stack.enter_context(
             checkpoints(job.workdir, config.keep_checkpoints, config.keep_every or None)
         )
-        start = checkpointer.latest_step() or 0
-        replicas = _first_replicas(job, key, weights, template, checkpointer)
+        replicas, start = _first_replicas(job, key, weights, template, checkpointer)
         _announce(job, template, start)
         if start < config.max_steps:
-            _train(job, replicas, start, checkpointer, watchers, started)
+            _train(job, replicas, start, checkpointer, watchers, started, stop)
 
 
-def _first_replicas(job: _Job, key, weights, template, checkpointer: Checkpointer) -> TrainState:
-    """The state to go on from, on every device; the copy it was made of is let go of here."""
-    state = parallel.together(lambda: _start(job, key, weights, template, checkpointer))
+def _stop_signals() -> contextlib.AbstractContextManager[Stop]:
+    """On several hosts nobody notes them: one that stopped by itself would leave the others."""
+    if jax.process_count() > 1:
+        return contextlib.nullcontext(Stop())
+    return stop_signals("finishing this step and saving it")
+
+
+def _first_replicas(
+    job: _Job, key, weights, template, checkpointer: Checkpointer
+) -> tuple[TrainState, int]:
+    """The state to go on from, on every device, and its step; what it was made of is let go of."""
+    state, step = parallel.together(lambda: _start(job, key, weights, template, checkpointer))
     agree_on_state(state)
-    return parallel.replicate(state)
+    if job.resumed:
+        parallel.together(lambda: checkpointer.set_aside_after(step))
+    return parallel.replicate(state), step
 
 
 def _write_settings(job: _Job, description: dict[str, Any]) -> None:
@@ -119,15 +132,15 @@ def _write_settings(job: _Job, description: dict[str, Any]) -> None:
     save_codec_params(job.workdir, job.frozen.codec)
 
 
-def _start(job: _Job, key, weights, template, checkpointer: Checkpointer) -> TrainState:
-    """The state of the newest checkpoint, or the one before the first step."""
+def _start(job: _Job, key, weights, template, checkpointer: Checkpointer) -> tuple[TrainState, int]:
+    """The state of the newest checkpoint that is whole, or the one before the first step."""
     if checkpointer.latest_step() is not None:
-        return checkpointer.restore(template)
+        return checkpointer.restore_newest(template)
     if weights is not None:
-        return job.init(key, weights)
+        return job.init(key, weights), 0
     # Runs once: on a CPU optimizing this program takes far longer than running it.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-    return jax.jit(job.init, compiler_options=quick)(key, None)
+    return jax.jit(job.init, compiler_options=quick)(key, None), 0
 
 
 def _job(config: TrainConfig) -> _Job:
@@ -142,6 +155,7 @@ def _job(config: TrainConfig) -> _Job:
     spec = config.spec(source.image_shape)
     spec.timesteps(1)  # refuses a spacing that the schedule has not
     _check_labels(config, source)
+    check_not_lost(workdir)
     resumed = has_checkpoints(workdir)
     codec = load_codec_params(workdir) if resumed else spec.codec.init(spec.image_shape)
     setup = Setup(
@@ -231,8 +245,12 @@ def _train(
     checkpointer: Checkpointer,
     watchers: Sequence[Watcher],
     started: float,
+    stop: Stop,
 ) -> None:
-    """Update from step `start` to the last, or until time is up. Consumes the replicas."""
+    """Update from step `start` to the last, or until time is up or a signal came.
+
+    Consumes the replicas.
+    """
     config = job.config
     step_fn = parallel.pmap_train_step(
         job.loss_fn,
@@ -257,7 +275,7 @@ def _train(
                 log.write(*before)  # one step late, so that the device never waits
             before = (step, metrics)
             done = step == config.max_steps
-            last = done or time.monotonic() - started > max_seconds
+            last = done or stop.asked or time.monotonic() - started > max_seconds
             saves = last or step % config.checkpoint_every == 0
             saves |= config.keep_every > 0 and step % config.keep_every == 0
             draws = preview is not None and (done or step % config.sample_every == 0)
@@ -276,6 +294,8 @@ def _train(
             if saves:
                 log.keep_window(step, config.keep_checkpoints)
                 checkpointer.save(step, parallel.unreplicate(replicas))
+    if stop.asked:
+        checkpointer.wait()
     print(f"step {step} is in {job.workdir}" + ("" if done else "; call again"), flush=True)
 
 

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from flax import traverse_util
 from ddim_jax.checkpoint import Checkpointer
 from ddim_jax.checks import check_types
 from ddim_jax.codec import CODECS
-from ddim_jax.files import differences, naming, read_json, read_npz, write_whole
+from ddim_jax.files import differences, naming, read_json, read_npz, write_json, write_whole
 from ddim_jax.hashing import content_hash
 from ddim_jax.objectives import OBJECTIVES
 from ddim_jax.paths import expanded, local_path
@@ -40,6 +41,8 @@ RECORDED = frozenset({"rounding", "format", "init_from_hash", "versions", "uncon
     for name in ("taken", "file", "set", "scheduler", "not_obeyed", "spacing_from")
 }  # of the source: its weights have a hash
 """Written for the reader, or known from what is compared, and not compared."""
+SAVED, SAVED_FORMAT = "saved.json", 1
+_STEP = re.compile(r'\{"step": (\d+)\b')
 DATA_CONTENT = "data_content"
 """What the images are, as `content_of` says; absent from what older versions wrote."""
 ALL_DIGITS = 1797
@@ -107,15 +110,21 @@ def as_begun(config: Config) -> Config:
 def write_config(workdir: str | pathlib.Path, config: Mapping[str, Any]) -> None:
     """Write config.json, or raise ValueError if the one there is of another run.
 
-    A run that saved nothing binds nobody.
+    A run that saved nothing binds nobody. Raises ValueError also where one that did has lost its
+    config.json.
     """
     workdir = local_path(workdir, "workdir", "folder")
     path = workdir / "config.json"
     wanted = json.loads(json.dumps({"format": FORMAT, **config}))  # tuples become lists, as there
-    if has_checkpoints(workdir) and path.exists():
+    if has_checkpoints(workdir):
+        if not path.is_file():
+            raise ValueError(
+                f"workdir {workdir} holds checkpoints and its config.json is gone, so nobody knows "
+                "of which run. Restore it, or give another workdir."
+            )
         _check_same_run(workdir, read_config(workdir), wanted)
     workdir.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(wanted, indent=2) + "\n").encode())
+    write_json(path, wanted)
 
 
 def _check_same_run(workdir: pathlib.Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -218,9 +227,55 @@ def saved_steps(workdir: str | pathlib.Path) -> list[int]:
 def checkpoints(
     workdir: str | pathlib.Path, keep: int = 3, keep_every: int | None = None
 ) -> Checkpointer:
-    """The checkpoints of a workdir."""
-    folder = local_path(workdir, "workdir") / "checkpoints"
-    return Checkpointer(folder, keep=keep, keep_every=keep_every)
+    """The checkpoints of a workdir; saved.json beside them says which was the last."""
+    workdir = local_path(workdir, "workdir")
+
+    def on_saved(step: int) -> None:
+        if jax.process_index() == 0:
+            write_json(workdir / SAVED, {"format": SAVED_FORMAT, "step": step})
+
+    folder = workdir / "checkpoints"
+    return Checkpointer(folder, keep=keep, keep_every=keep_every, on_saved=on_saved)
+
+
+def check_not_lost(workdir: str | pathlib.Path) -> None:
+    """Raise ValueError for a workdir whose run saved checkpoints that are not there.
+
+    Moved away, or on a disk that is not mounted: to begin anew there would empty its log.
+    """
+    workdir = local_path(workdir, "workdir")
+    if saved_steps(workdir):
+        return
+    step = _last_saved(workdir)
+    if step is not None:
+        raise ValueError(
+            f"workdir {workdir} holds a run that saved a checkpoint of step {step}, and "
+            f"{workdir / 'checkpoints'} has none: were they moved, or is their disk not mounted? "
+            "Put them back, or give another workdir; to begin anew here, delete this one."
+        )
+
+
+def _last_saved(workdir: pathlib.Path) -> int | None:
+    """The step of a checkpoint that was once whole there; None if nothing says so."""
+    if (path := workdir / SAVED).is_file():
+        content = read_json(path, way_out="Delete it if checkpoints/ is whole.")
+        if (found := content.get("format")) != SAVED_FORMAT:
+            raise ValueError(
+                f"{path} must be of format {SAVED_FORMAT}; got {found!r}. Use the version that "
+                "wrote it, or a newer one."
+            )
+        return content.get("step")
+    # Older versions did not write it. Their log says how far they came, and two checkpoints on the
+    # first one was whole, since one is waited for before the next is begun.
+    log, config = workdir / "metrics.jsonl", workdir / "config.json"
+    if not (log.is_file() and config.is_file()):
+        return None
+    every = read_config(workdir).get("checkpoint_every")
+    lines = log.read_text(errors="replace").splitlines()
+    steps = [int(found[1]) for found in map(_STEP.match, lines) if found]
+    if not isinstance(every, int) or not steps or max(steps) < 2 * every:
+        return None
+    return max(steps) // every * every - every
 
 
 def load_spec(workdir: str | pathlib.Path) -> RunSpec:

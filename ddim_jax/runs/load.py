@@ -201,9 +201,12 @@ def load_weights(
     """The network's weights in a workdir, which are to fit `spec`, and the step they are of."""
     name = "ema_params" if weights == "ema" else "params"
     with checkpoints(workdir) as checkpointer:
-        params = checkpointer.restore({name: spec.parameter_shapes()}, step, partial=True)[name]
-        step = checkpointer.latest_step() if step is None else step
-    return params, step or 0
+        template = {name: spec.parameter_shapes()}
+        if step is None:
+            tree, step = checkpointer.restore_newest(template, partial=True)
+        else:
+            tree = checkpointer.restore(template, step, partial=True)
+    return tree[name], step
 
 
 @functools.lru_cache(maxsize=16)

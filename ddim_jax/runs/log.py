@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from ddim_jax.files import read_json, write_whole
+from ddim_jax.files import read_json, write_json, write_whole
 from ddim_jax.parallel import unreplicate
 from ddim_jax.runs.draw import Pixels, marked_images
 
@@ -139,7 +139,7 @@ class Log:
         if self._lines is not None:
             os.fsync(self._lines.fileno())
             content = {"format": WINDOWS_FORMAT, "losses": self._windows}
-            write_whole(self._workdir / WINDOWS, (json.dumps(content) + "\n").encode())
+            write_json(self._workdir / WINDOWS, content, indent=None)
 
     def images(self, step: int, pixels: Pixels) -> None:
         """Samples drawn after a step; says so where some are not finite, and marks them."""

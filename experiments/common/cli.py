@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import pathlib
+import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -27,20 +32,61 @@ def run(
 
     Every path has its `~` expanded; a script whose settings need more gives its own `prepare`.
     Wrong settings, a missing extra or file end with one line on stderr and exit code 2, a run that
-    diverged with exit code 1. DDIM_JAX_TRACEBACK=1 shows where it came from.
+    diverged, a full disk or memory that does not suffice with exit code 1, a signal with 128 and
+    its number. DDIM_JAX_TRACEBACK=1 shows where it came from.
     """
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        _run(main, config_type, presets, prepare)
+    except _Interrupted as interrupted:
+        name = signal.Signals(interrupted.number).name
+        print(f"stopped by {name}; call again, all files are whole", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(128 + interrupted.number)  # threads at work, and atexit's, would hold it up
+
+
+def _run(main, config_type, presets, prepare) -> None:
     if presets is None:
         config = tyro.cli(config_type)
     else:
         config = tyro.extras.overridable_config_cli(presets)
     _keep_compiled_programs()
     warnings.showwarning = _warn
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what failed there is raised here too
     try:
         main(prepare(config))
-    except (ValueError, OverflowError, ImportError, OSError) as error:
+    except OSError as error:
+        _stop(error, 1 if error.errno in _OF_THE_MACHINE else 2)
+    except (ValueError, OverflowError, ImportError) as error:
         _stop(error, 2)
     except FloatingPointError as error:
         _stop(error, 1)
+    except (MemoryError, RecursionError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        words = str(error) or type(error).__name__
+        _stop(MemoryError(f"memory does not suffice for what was asked ({words[:300]})"), 1)
+
+
+_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+"""Errors that no other command line would mend."""
+
+
+class _Interrupted(KeyboardInterrupt):
+    def __init__(self, number: int):
+        self.number = number
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """End with one line, also where a library swallows what is raised here."""
+
+    def end() -> None:
+        time.sleep(5)
+        os._exit(128 + number)
+
+    threading.Thread(target=end, daemon=True).start()
+    raise _Interrupted(number)
 
 
 def _keep_compiled_programs() -> None:

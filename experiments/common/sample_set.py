@@ -27,7 +27,7 @@ from ddim_jax.checks import check_types
 from ddim_jax.data.folder import FolderSource
 from ddim_jax.data.load import load_images
 from ddim_jax.data.source import ImageSource, decoding_threads
-from ddim_jax.files import differences, read_json, write_whole, written_whole
+from ddim_jax.files import differences, read_json, write_json, written_whole
 from ddim_jax.paths import local_path
 from ddim_jax.runs import weights_called
 
@@ -103,7 +103,7 @@ class SampleSet:
 
     def _written(self, content: Mapping[str, Any]) -> SampleSet:
         self.record.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.record, (json.dumps(content, indent=2) + "\n").encode())
+        write_json(self.record, content)
         return dataclasses.replace(self, content=content)
 
     def summary(self) -> str:

@@ -128,7 +128,8 @@ def measure_cells(
         if numbers is not None:
             bar.say(describe(numbers.result()))
     if i < len(missing):
-        print("stopped, time is up; call again for what is missing")
+        why = sweep.clock.stop.name or "time is up"
+        print(f"stopped, {why}; call again for what is missing")
 
 
 def _numbers(

@@ -24,7 +24,16 @@ from common import sweep_format_1, times
 from common.exact import exact
 from common.measures import Measure
 from ddim_jax.checks import check_types
-from ddim_jax.files import differences, naming, read_json, read_npz, write_whole
+from ddim_jax.files import (
+    differences,
+    naming,
+    read_json,
+    read_npz,
+    sealed,
+    unsealed,
+    write_json,
+    write_whole,
+)
 from ddim_jax.metrics.metric import State, state_from_arrays, state_to_arrays
 from ddim_jax.runs import Run
 from ddim_jax.solvers import SAMPLERS
@@ -179,7 +188,7 @@ _SETTINGS = {
 
 def write_settings(out: pathlib.Path, settings: Mapping[str, Any]) -> None:
     """Write sweep.json."""
-    write_whole(out / "sweep.json", (json.dumps(settings, indent=2) + "\n").encode())
+    write_json(out / "sweep.json", settings)
 
 
 def _check_format(path: pathlib.Path, content: Mapping[str, Any]) -> None:
@@ -236,7 +245,7 @@ def drop_other_times(out: pathlib.Path, cells: Sequence[Cell], num_steps: int) -
         for seed in (cell.seed, -1)
     }
     if names and (partial := out / "partial.npz").exists():
-        arrays = read_npz(partial, "a cell under way", way_out="Delete it to draw this cell again.")
+        arrays = read_npz(partial, "a cell under way", way_out=_DRAW_AGAIN)
         if str(arrays.get("cell")) in names and int(arrays.get("times", 1)) < _TIMES:
             partial.unlink()
 
@@ -244,7 +253,7 @@ def drop_other_times(out: pathlib.Path, cells: Sequence[Cell], num_steps: int) -
 def _read_line(path: pathlib.Path, text: str) -> dict[str, Any]:
     _check_line_format(path, text)
     try:
-        line = json.loads(text)
+        line = unsealed(json.loads(text), "")
         line = line if "format" in line else sweep_format_1.line(line)
         if missing := {"values", "seconds", "measures", *_CELL_KEYS} - line.keys():
             raise KeyError(", ".join(sorted(missing)))
@@ -287,7 +296,7 @@ def append_result(
     line = _line(cell, progress, measures, settings)
     path = out / "results.jsonl"
     before = path.read_bytes() if path.exists() else b""
-    write_whole(path, before + (json.dumps(line) + "\n").encode())
+    write_whole(path, before + (json.dumps(sealed(line)) + "\n").encode())
     if _is_of(out / DRAWN, line["name"]):
         (out / DRAWN).unlink()
     return line
@@ -332,6 +341,9 @@ def _version(package: str) -> str:
 # partial.npz and drawn.npz
 
 
+_DRAW_AGAIN = "Delete it to draw this cell again."
+
+
 def save_progress(out: pathlib.Path, name: str, progress: Progress) -> None:
     """Keep the cell of that name so that another call goes on from there."""
     arrays: dict[str, Any] = {}
@@ -357,6 +369,16 @@ def keep_drawn(out: pathlib.Path, name: str) -> None:
         (out / PARTIAL).replace(out / DRAWN)
 
 
+def under_way(out: pathlib.Path) -> list[str]:
+    """The names of the cells of which something is kept."""
+    names = []
+    for path in (out / DRAWN, out / PARTIAL):
+        if path.exists():
+            arrays = read_npz(path, "a cell under way", ["cell"], way_out=_DRAW_AGAIN)
+            names.append(str(arrays.get("cell")))
+    return names
+
+
 def _is_of(path: pathlib.Path, name: str) -> bool:
     """Whether the file keeps the cell of that name."""
     if not path.exists():
@@ -375,9 +397,8 @@ def load_progress(out: pathlib.Path, name: str, measures: Sequence[Measure]) -> 
 def _read_progress(path: pathlib.Path, name: str, measures: Sequence[Measure]) -> Progress | None:
     if not path.exists():
         return None
-    way_out = "Delete it to draw this cell again."
     try:
-        arrays = read_npz(path, "a cell under way", way_out=way_out)
+        arrays = read_npz(path, "a cell under way", way_out=_DRAW_AGAIN)
     except (FileNotFoundError, ValueError):
         if path.exists():
             raise
@@ -391,7 +412,7 @@ def _read_progress(path: pathlib.Path, name: str, measures: Sequence[Measure]) -
         states = {measure.name: _states(measure, arrays) for measure in measures}
         return Progress(int(arrays["count"]), float(arrays["seconds"]), states)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no cell under way: {error} {way_out}") from error
+        raise ValueError(f"{path} is no cell under way: {error} {_DRAW_AGAIN}") from error
 
 
 def _states(measure: Measure, arrays: Mapping[str, np.ndarray]) -> dict[str, State]:

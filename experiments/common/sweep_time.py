@@ -14,6 +14,7 @@ import numpy as np
 from common.measures import Measure
 from common.sweep_draw import Drawer, ProgramKey, program_key
 from common.sweep_store import Cell
+from ddim_jax.runs.stop import Stop
 
 REPORT_SECONDS = 2.0
 """Of a report, until one was made."""
@@ -134,6 +135,8 @@ class Clock:
         """`started` by time.monotonic()."""
         self.started = started
         self.deadline = started + (float("inf") if max_seconds is None else max_seconds)
+        self.stop = Stop()
+        """A signal that came; then no time is left."""
 
     def seconds(self) -> float:
         """Since the call began."""
@@ -141,4 +144,4 @@ class Clock:
 
     def has(self, seconds: float) -> bool:
         """Whether so many are left."""
-        return time.monotonic() + seconds <= self.deadline
+        return not self.stop.asked and time.monotonic() + seconds <= self.deadline
