@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -106,11 +108,9 @@ class Checkpointer:
         # Copied, since a CPU array's host view shares memory that the next step may be given.
         tree = jax.tree.map(np.array, jax.device_get(jax.tree.map(_without_key_type, tree)))
         self._saving = step
-        self._manager.save(
-            step,
-            args=ocp.args.PyTreeSave(tree),
-            custom_metadata={HASHES: {"format": FORMAT, "sha256": _hashes(_named_leaves(tree))}},
-        )
+        hashes = {HASHES: {"format": FORMAT, "sha256": _hashes(_named_leaves(tree))}}
+        with self._naming_what_was_saved():
+            self._manager.save(step, args=ocp.args.PyTreeSave(tree), custom_metadata=hashes)
 
     def restore(self, template: Tree, step: int | None = None, *, partial: bool = False) -> Tree:
         """The tree saved at `step`, bit for bit, with the template's structure.
@@ -195,14 +195,16 @@ class Checkpointer:
         return jax.tree.map(_placed_like, template, restored)
 
     def wait(self) -> None:
-        """Returns when every save is on disk; raises what a save in the background raised."""
+        """Returns when every save is on disk; OSError if one in the background failed."""
         if "_manager" in self.__dict__:
-            self._manager.wait_until_finished()
+            with self._naming_what_was_saved():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the saves under way and lets go of the folder."""
         if "_manager" in self.__dict__:
-            self._manager.close()
+            with self._naming_what_was_saved():
+                self._manager.close()
 
     def __enter__(self) -> Checkpointer:  # noqa: D105
         return self
@@ -212,6 +214,21 @@ class Checkpointer:
 
     def _saved(self) -> None:
         self._on_saved(self._saving)
+
+    @contextlib.contextmanager
+    def _naming_what_was_saved(self) -> Iterator[None]:
+        """What goes wrong while saving as an OSError with the folder's name."""
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError) as error:  # of orbax, or tensorstore
+            self._may_have_leftovers = True
+            with contextlib.suppress(OSError):  # a full disk has room again
+                self._clear_leftovers()
+            found = re.search(r"os_error_code='(\d+)'", str(error))
+            number = int(found[1]) if found else getattr(error, "errno", None) or errno.EIO
+            why = os.strerror(number) if found else str(error)[:300]
+            folder = self.directory / str(self._saving)
+            raise OSError(number, f"a checkpoint cannot be saved: {why}", str(folder)) from error
 
     def _clear_leftovers(self) -> None:
         """Delete what a killed process was still saving; whoever saves has the folder alone."""

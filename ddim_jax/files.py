@@ -45,6 +45,11 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        if error.filename is not None and error.filename != str(new):
+            raise  # of another file, or said already
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     except BaseException:
         new.unlink(missing_ok=True)
         raise

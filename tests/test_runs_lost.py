@@ -63,6 +63,7 @@ def test_checkpoints_that_are_gone_are_no_new_run(run, lose, older):
     assert edits.content(run / "saved.json") == {"format": 1, "step": 6}
     if older:
         (run / "saved.json").unlink()
+        (run / "config.json").write_text(json.dumps(edits.content(run / "config.json")))
     lose(run / "checkpoints")
     before = files(run)
     with refused(f"saved a checkpoint of step {4 if older else 6}.*moved.*Put them back"):

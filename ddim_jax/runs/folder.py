@@ -27,7 +27,7 @@ from flax import traverse_util
 from ddim_jax.checkpoint import Checkpointer
 from ddim_jax.checks import check_types
 from ddim_jax.codec import CODECS
-from ddim_jax.files import differences, naming, read_json, read_npz, write_json, write_whole
+from ddim_jax.files import SEAL, differences, naming, read_json, read_npz, write_json, write_whole
 from ddim_jax.hashing import content_hash
 from ddim_jax.objectives import OBJECTIVES
 from ddim_jax.paths import expanded, local_path
@@ -265,10 +265,10 @@ def _last_saved(workdir: pathlib.Path) -> int | None:
                 "wrote it, or a newer one."
             )
         return content.get("step")
-    # Older versions did not write it. Their log says how far they came, and two checkpoints on the
-    # first one was whole, since one is waited for before the next is begun.
+    # Older versions did not write it, nor seals. Their log says how far they came, and two
+    # checkpoints on the first was whole, since one is waited for before the next is begun.
     log, config = workdir / "metrics.jsonl", workdir / "config.json"
-    if not (log.is_file() and config.is_file()):
+    if not (log.is_file() and config.is_file()) or f'"{SEAL}"' in config.read_text():
         return None
     every = read_config(workdir).get("checkpoint_every")
     lines = log.read_text(errors="replace").splitlines()

@@ -53,7 +53,9 @@ def _run(main, config_type, presets, prepare) -> None:
         config = tyro.extras.overridable_config_cli(presets)
     _keep_compiled_programs()
     warnings.showwarning = _warn
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what failed there is raised here too
+    for library in ("asyncio", "absl"):  # what fails in orbax's threads is raised here too
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     try:
         main(prepare(config))
     except OSError as error:
@@ -87,6 +89,12 @@ def _interrupt(number: int, frame: object) -> None:
 
     threading.Thread(target=end, daemon=True).start()
     raise _Interrupted(number)
+
+
+def _unraisable(ignored: "sys.UnraisableHookArgs") -> None:
+    """As Python says it, but for what orbax leaves behind where saving or reading failed."""
+    if str(ignored.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(ignored)
 
 
 def _keep_compiled_programs() -> None:
