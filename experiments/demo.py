@@ -40,6 +40,7 @@ from presets import PRESETS
 
 from ddim_jax.data.load import load_images
 from ddim_jax.data.stream import sequential_batches
+from ddim_jax.files import write_whole
 from ddim_jax.keys import initial_noise, seed_key
 from ddim_jax.metrics.features import CLASSIFIER_FILE, FeatureName, FeatureNetwork, network_of
 from ddim_jax.metrics.frechet import frechet_distance_from_features, frechet_metric
@@ -151,7 +152,7 @@ def _draw_everything(
     _draw_real_beside_samples(out / "real_and_samples.png", real[:64], samples[:64], most)
     _draw_consistency(out / "consistency.png", draw)
     _draw_denoising(out / "denoising.png", run, config.seeds[0])
-    (out / "README.md").write_text(_report(lines, floors, sure, timing))
+    write_whole(out / "README.md", _report(lines, floors, sure, timing).encode())
 
 
 def _digits(split: str) -> np.ndarray:

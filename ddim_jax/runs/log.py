@@ -8,6 +8,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -62,7 +63,7 @@ class Log:
         self._time, self._step = time.monotonic(), start
         self._windows = _windows_up_to(workdir / WINDOWS, start)
         self._losses = list(self._windows.get(start, []))
-        self._lines = None
+        self._lines: Any = None
 
     def __enter__(self) -> Log:  # noqa: D105
         if jax.process_index() == 0:
@@ -108,7 +109,7 @@ class Log:
         }
         self._losses, self._time, self._step = [], now, step
         if self._lines is not None:
-            self._lines.write(json.dumps(line) + "\n")
+            self._append(line)
         for watcher in self._watchers:
             watcher.line(line)
 
@@ -125,9 +126,15 @@ class Log:
                 flush=True,
             )
         if self._lines is not None:
-            self._lines.write(json.dumps({"step": step, **numbers}) + "\n")
+            self._append({"step": step, **numbers})
         for watcher in self._watchers:
             watcher.measured(step, numbers)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        try:
+            self._lines.write(json.dumps(line) + "\n")
+        except OSError as error:  # which does not say of which file
+            raise type(error)(error.errno, error.strerror, self._lines.name) from error
 
     def keep_window(self, step: int, num_checkpoints: int) -> None:
         """Write down the losses since the last line, for who goes on from the checkpoint of `step`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from ddim_jax.files import write_whole
 
 
 def show_images(
@@ -53,6 +56,8 @@ def count_axis(axes: Axes, values: Sequence[int], label: str) -> None:
 
 def save(figure: Figure, path: pathlib.Path) -> None:
     """Write the figure as a PNG file and forget it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, file.getvalue())

@@ -38,6 +38,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
+from ddim_jax.files import write_whole
+
 
 def write_report(out: pathlib.Path, paper: PaperTable | None) -> None:
     """Write report.md and report.html from the finished cells, if there are any.
@@ -52,11 +54,9 @@ def write_report(out: pathlib.Path, paper: PaperTable | None) -> None:
     theirs = paper_values(paper or facts.get("paper"))
     head = sentences(facts, lines)
     sections = [markdown_section(name, lines, theirs) for name in scores(lines)]
-    (out / "report.md").write_text(
-        "\n".join([f"# {_title(lines)}\n", *(f"{x}\n" for x in head), *sections, protocol(lines)])
-        + "\n"
-    )
-    (out / "report.html").write_text(_page(out, lines, theirs, head))
+    text = [f"# {_title(lines)}\n", *(f"{x}\n" for x in head), *sections, f"{protocol(lines)}\n"]
+    write_whole(out / "report.md", "\n".join(text).encode())
+    write_whole(out / "report.html", _page(out, lines, theirs, head).encode())
 
 
 def _title(lines: Lines) -> str:
