@@ -20,9 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ddim_jax.checks import check_floating, check_same_shape
+from ddim_jax.checks import (
+    check_callable,
+    check_floating,
+    check_real,
+    check_same_shape,
+    check_schedule,
+)
 from ddim_jax.keys import draw_noise, fold_in, typed_key
-from ddim_jax.numerics import expand_level, safe_sqrt, std_of
+from ddim_jax.numerics import as_real, expand, safe_sqrt, std_of
 from ddim_jax.predict import checked_answer
 from ddim_jax.steps import check_eta, is_zero
 from ddim_jax.types import (
@@ -76,7 +82,10 @@ def process_sigmas(
             f"got {t.shape[0]}."
         )
     kept_share = schedule.noise_variance(t_prev) / schedule.noise_variance(t)
-    sigma = jnp.asarray(eta) * safe_sqrt(kept_share) * _fresh_std(schedule, t, t_prev)
+    eta = as_real("eta", eta)
+    sigma = (
+        jnp.where(eta > 0, eta, jnp.nan) * safe_sqrt(kept_share) * _fresh_std(schedule, t, t_prev)
+    )
     return sigma.at[-1].set(sigma[-2])
 
 
@@ -116,6 +125,7 @@ def variational_bound(
     free. `model_sigma` gives p other stds than q's, such as `fixed_large_sigmas`.
     Raises ValueError for timesteps or sigmas that are known to break these rules.
     """
+    check_callable("eps_fn", eps_fn)
     check_floating("x0", x0)
     t, t_prev = _steps(schedule, timesteps)
     sigma = _check_sigmas("sigma", sigma, t.shape[0])
@@ -148,8 +158,8 @@ def bound_term(
     The KL of the step from t to t_prev; or the decoder's -log2 p(x0 | x_t) if t_prev is -1.
     """
     check_same_shape("noise", noise, x0)
-    signal = expand_level(jnp.sqrt(schedule.alpha_bar(t)), x0)
-    std = expand_level(safe_sqrt(schedule.noise_variance(t)), x0)
+    signal = expand("signal", jnp.sqrt(schedule.alpha_bar(t)), x0)
+    std = expand("std", safe_sqrt(schedule.noise_variance(t)), x0)
     x_t = (signal * x0 + std * noise).astype(x0.dtype)
     x0_error = _x0_error(checked_answer(eps_fn, x_t, jnp.asarray(t)), x0, noise, signal, std)
 
@@ -157,7 +167,7 @@ def bound_term(
         return -discretized_log_likelihood(x0, x0 + x0_error, model_sigma)
 
     def kl():
-        c = expand_level(_x0_coefficient(schedule, t, t_prev, sigma), x0)
+        c = expand("c", _x0_coefficient(schedule, t, t_prev, sigma), x0)
         return gaussian_kl(c * x0_error, sigma, jnp.zeros_like(x0_error), model_sigma)
 
     return _bits_per_dim(jax.lax.cond(schedule.is_clean(t_prev), decoder, kl))
@@ -194,7 +204,7 @@ def prior_bpd(schedule: NoiseSchedule, x0: Data, t: Time) -> Float[Array, "B"]:
 
 def gaussian_kl(mean: Data, std: Level, other_mean: Data, other_std: Level) -> Data:
     """KL(N(mean, std^2) || N(other_mean, other_std^2)) in nats, element by element."""
-    std, other_std = expand_level(std, mean), expand_level(other_std, mean)
+    std, other_std = expand("std", std, mean), expand("other_std", other_std, mean)
     ratio = (std / other_std) ** 2
     # Two parts that are each 0 or more, so that a small KL is no difference of large numbers.
     return (ratio - 1 - jnp.log(ratio) + ((mean - other_mean) / other_std) ** 2) / 2
@@ -208,7 +218,7 @@ def discretized_log_likelihood(x0: Data, mean: Data, std: Level) -> Data:
     function is the tanh form that published bounds use, within 3e-4 of the exact one.
     Source: Ho et al. 2020, section 3.3 and its code; Page 1977 (doi:10.2307/2346872).
     """
-    scale = expand_level(std, x0)
+    scale = expand("std", std, x0)
     upper = _normal_logit((x0 + 1 / 255 - mean) / scale)
     lower = _normal_logit((x0 - 1 / 255 - mean) / scale)
     below_upper = jax.nn.log_sigmoid(upper)
@@ -244,6 +254,7 @@ def variational_weights(
 
 def _steps(schedule: NoiseSchedule, timesteps: Timesteps) -> tuple[jax.Array, jax.Array]:
     """The time each step starts from, and the one it goes to; the last goes to clean data."""
+    check_schedule(schedule)
     t = schedule.check_timesteps(timesteps)
     if not is_traced(timesteps) and np.any(np.diff(np.asarray(timesteps)) == 0):
         raise ValueError(
@@ -254,6 +265,7 @@ def _steps(schedule: NoiseSchedule, timesteps: Timesteps) -> tuple[jax.Array, ja
 
 
 def _check_sigmas(name: str, sigma: Sigmas, num_steps: int) -> Float[Array, "S"]:
+    check_real(name, sigma)
     if jnp.shape(sigma) != (num_steps,):
         raise ValueError(
             f"{name} must have one std for each timestep, shape {(num_steps,)}; "

@@ -26,15 +26,63 @@ def check_seed(seed: int) -> None:
 
 def check_schedule(schedule: object) -> None:
     """Raise ValueError for what is no `NoiseSchedule`, such as a table or a number of steps."""
-    if not hasattr(schedule, "alpha_bar"):
+    if not hasattr(schedule, "alpha_bar") or isinstance(schedule, type):
         raise ValueError(
             "schedule must be a noise schedule, such as linear_schedule() gives; got "
-            f"{type(schedule).__name__}. A table of alphas_cumprod becomes Schedule(table)."
+            f"{_kind(schedule)}. A table of alphas_cumprod becomes Schedule(table)."
         )
 
 
+def check_callable(name: str, fn: object) -> None:
+    """Raise ValueError unless `fn`, called `name` in the message, can be called."""
+    if not callable(fn):
+        raise ValueError(f"{name} must be a function of (x, t); got {_kind(fn)}.")
+
+
+def check_count(name: str, value: Any, at_least: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number, `at_least` or more."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < at_least:
+        raise ValueError(
+            f"{name} must be at least {at_least}; got {value!r}. It counts whole things."
+        )
+
+
+def check_real(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a real number or an array of floating point numbers."""
+    kind = getattr(value, "dtype", None)
+    if isinstance(value, np.ndarray | jax.Array):
+        real = kind is not None and jnp.issubdtype(kind, jnp.floating)
+    else:
+        real = isinstance(value, int | float | np.integer | np.floating)
+        real = real and not isinstance(value, bool)
+    if not real:
+        got = f"dtype {kind}" if kind is not None else repr(value)
+        raise ValueError(f"{name} must be a real number, or an array of floats; got {got}.")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is one real number that is known and finite."""
+    check_real(name, value)
+    if np.ndim(value) != 0 or not np.isfinite(float(value)):
+        raise ValueError(f"{name} must be one finite number; got {value!r}.")
+
+
+def check_std(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is real and, where it is known on the host, at least 0."""
+    check_real(name, value)
+    if not isinstance(value, jax.Array) and not np.all(np.asarray(value) >= 0):
+        raise ValueError(f"{name} must be at least 0, a standard deviation; got {value!r}.")
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
 def check_same_shape(name: str, array: jax.Array | np.ndarray, x: jax.Array | np.ndarray) -> None:
-    """Raise ValueError unless `array`, called `name` in the message, has x's shape."""
+    """Raise ValueError unless `array`, called `name` in the message, is of floats of x's shape."""
+    if not isinstance(array, float):  # Python's, beside data that is one number
+        check_floating(name, array)
     if jnp.shape(array) != jnp.shape(x):
         raise ValueError(
             f"{name} must have the data's shape {jnp.shape(x)}; got {jnp.shape(array)}."
@@ -83,7 +131,8 @@ def check_bounds(low: float, high: float) -> None:
 
 def check_one_of(name: str, value: str, valid: Iterable[str]) -> None:
     """Raise ValueError unless `value` is among those valid, listing them."""
-    if value not in (valid := tuple(valid)):
+    valid = tuple(valid)
+    if not isinstance(value, str) or value not in valid:
         raise ValueError(f"{name} must be one of {', '.join(valid)}; got {value!r}.")
 
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ddim_jax.checks import check_bounds, check_schedule
-from ddim_jax.numerics import expand_level, safe_sqrt, widen
+from ddim_jax.checks import check_bounds, check_callable, check_floating, check_real, check_schedule
+from ddim_jax.numerics import expand, expand_level, safe_sqrt, widen
 from ddim_jax.predict import (
     as_prediction,
     checked_answer,
@@ -42,10 +42,11 @@ def from_v(v_fn: NetworkFn, schedule: NoiseSchedule) -> Denoiser:
     the noisy end, and all of them at alpha_bar = 0.
     """
 
+    check_callable("v_fn", v_fn)
     check_schedule(schedule)
 
     def denoiser(x: jax.Array, t: jax.Array) -> Prediction:
-        v, x, level = widen(v_fn(x, t)), widen(x), schedule.alpha_bar(t)
+        v, x, level = _own(v_fn, x, t), widen(x), schedule.alpha_bar(t)
         return Prediction(v_to_x0(v, x, level), v_to_epsilon(v, x, level))
 
     return denoiser
@@ -54,10 +55,11 @@ def from_v(v_fn: NetworkFn, schedule: NoiseSchedule) -> Denoiser:
 def from_x0(x0_fn: NetworkFn, schedule: NoiseSchedule) -> Denoiser:
     """The denoiser of a network that predicts the data x0."""
 
+    check_callable("x0_fn", x0_fn)
     check_schedule(schedule)
 
     def denoiser(x: jax.Array, t: jax.Array) -> Prediction:
-        x0, x = widen(x0_fn(x, t)), widen(x)
+        x0, x = _own(x0_fn, x, t), widen(x)
         return Prediction(x0, x0_to_epsilon(x0, x, schedule.alpha_bar(t)))
 
     return denoiser
@@ -66,15 +68,27 @@ def from_x0(x0_fn: NetworkFn, schedule: NoiseSchedule) -> Denoiser:
 def from_score(score_fn: NetworkFn, schedule: NoiseSchedule) -> Denoiser:
     """The denoiser of a network that predicts the score of q(x_t); x0 by Tweedie's formula."""
 
+    check_callable("score_fn", score_fn)
     check_schedule(schedule)
 
     def denoiser(x: jax.Array, t: jax.Array) -> Prediction:
-        score, x, level = widen(score_fn(x, t)), widen(x), schedule.alpha_bar(t)
+        score, x, level = _own(score_fn, x, t), widen(x), schedule.alpha_bar(t)
         ab = expand_level(level, x)
         x0 = (x + (1 - ab) * score) / safe_sqrt(ab)
         return Prediction(x0, score_to_epsilon(score, x, level))
 
     return denoiser
+
+
+def _own(network_fn: NetworkFn, x: jax.Array, t: jax.Array) -> jax.Array:
+    """What the network itself says at x, in at least float32."""
+    check_floating("x", x)
+    answer = checked_answer(network_fn, x, t)
+    if isinstance(answer, Prediction):
+        raise ValueError(
+            "the network to be wrapped must return one array; got a Prediction, as a wrapper makes."
+        )
+    return widen(jnp.asarray(answer))
 
 
 class Parametrization(NamedTuple):
@@ -102,6 +116,7 @@ def clip_x0(
     The published DDIM never clips; its sigma-hat rows and Ho et al. 2020 do. Not for encoding.
     Raises ValueError unless low < high.
     """
+    check_callable("eps_fn", eps_fn)
     check_schedule(schedule)
     check_bounds(low, high)
     return _Clipped(eps_fn, schedule, low, high, keeps_eps=False)
@@ -115,6 +130,7 @@ def clip_x0_keep_eps(
     The two predictions then disagree, so that a step with them is no longer eq. 12. Offered to
     reproduce that tool's images.
     """
+    check_callable("eps_fn", eps_fn)
     check_schedule(schedule)
     check_bounds(low, high)
     return _Clipped(eps_fn, schedule, low, high, keeps_eps=True)
@@ -133,7 +149,8 @@ class _Clipped:
     def __call__(self, x: jax.Array, t: jax.Array) -> Prediction:
         level = self.schedule.alpha_bar(t)
         # In bfloat16 eps could not say where x0_hat ends: at low levels it counts many times over.
-        pair = as_prediction(_widened(self.eps_fn(x, t)), widen(x), level)
+        check_floating("x", x)
+        pair = as_prediction(_widened(checked_answer(self.eps_fn, x, t)), widen(x), level)
         if self.keeps_eps:
             clipped = Prediction(jnp.clip(pair.x0, self.low, self.high), pair.eps)
         else:
@@ -218,11 +235,15 @@ def guided(cond_fn: Denoiser, uncond_fn: Denoiser, scale: Level) -> Denoiser:
     Raises ValueError if one of them returns eps and the other a pair.
     Source: Ho & Salimans 2022 (arXiv:2207.12598), eq. 6 with scale = 1 + w.
     """
+    check_callable("cond_fn", cond_fn)
+    check_callable("uncond_fn", uncond_fn)
+    check_real("scale", scale)
 
     def mix(cond: jax.Array, uncond: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return (uncond + expand_level(scale, uncond) * (cond - uncond)).astype(dtype)
+        return (uncond + expand("scale", scale, uncond) * (cond - uncond)).astype(dtype)
 
     def denoiser(x: jax.Array, t: jax.Array) -> jax.Array | Prediction:
+        check_floating("x", x)
         cond, uncond = checked_answer(cond_fn, x, t), checked_answer(uncond_fn, x, t)
         if isinstance(cond, Prediction) and isinstance(uncond, Prediction):
             # On a line between two pairs x_t = sqrt(ab) x0 + sqrt(1 - ab) eps holds everywhere.

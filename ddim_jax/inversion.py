@@ -7,9 +7,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ddim_jax.checks import check_floating, check_schedule
+from ddim_jax.checks import check_callable, check_count, check_floating, check_schedule
 from ddim_jax.denoisers import check_not_clipped
-from ddim_jax.numerics import expand_level
+from ddim_jax.numerics import expand
 from ddim_jax.predict import checked_answer, x0_to_epsilon
 from ddim_jax.steps import ddim_step
 from ddim_jax.types import Data, Denoiser, Level, NoiseSchedule, Prediction, Timesteps
@@ -37,8 +37,8 @@ def encode_fixed_point(
     Raises ValueError for num_iterations < 1, and as `encode` does.
     Source: the implicit form of eq. 12; Anderson 1965 (doi:10.1145/321296.321305).
     """
-    if num_iterations < 1:
-        raise ValueError(f"num_iterations must be at least 1; got {num_iterations}.")
+    check_count("num_iterations", num_iterations)
+    check_callable("eps_fn", eps_fn)
     check_schedule(schedule)
     check_floating("x_0", x_0)
     ascending = schedule.check_timesteps(timesteps)[::-1]
@@ -86,7 +86,7 @@ def _anderson(f: Callable[[jax.Array], jax.Array], x: jax.Array, num_calls: int)
         # Nothing to go back to yet, or there already; the division is then by 1, for the gradient.
         usable = (i > 0) & (size > 1e-30)
         weight = jnp.where(usable, _dot(change, residual) / jnp.where(usable, size, 1.0), 0.0)
-        x = value - expand_level(weight, x) * (value - value_before)
+        x = value - expand("weight", weight, x) * (value - value_before)
         return (x.astype(value.dtype), value, residual), None
 
     (x, _, _), _ = jax.lax.scan(body, (x, x, x), jnp.arange(num_calls))

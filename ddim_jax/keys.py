@@ -6,6 +6,7 @@ whatever the batch size, the number of devices or where a run was resumed.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import jax
@@ -34,15 +35,25 @@ def image_keys(key: PRNGKey, indices: Indices) -> Key[Array, "B"]:
 
     Raises ValueError for indices that are no vector of integers, and for more keys than one.
     """
-    key, indices = typed_key(key), jnp.asarray(indices)
-    if indices.ndim != 1 or not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise ValueError(
-            "indices must be a vector (B,) of integers, which name the images; got shape "
-            f"{indices.shape} and dtype {indices.dtype}. For the first 4: jnp.arange(4)."
-        )
+    key, indices = typed_key(key), as_indices(indices)
     if key.ndim != 0:
         raise ValueError(f"key must be one key, of all images; got keys of shape {key.shape}.")
     return draw_each(jax.random.fold_in, key, indices)
+
+
+def as_indices(indices: Indices) -> jax.Array:
+    """Names of images as an array (B,); ValueError for what is none, or would be another's."""
+    known = indices if isinstance(indices, jax.Array) else np.asarray(indices)
+    if known.ndim != 1 or not jnp.issubdtype(known.dtype, jnp.integer):
+        raise ValueError(
+            "indices must be a vector (B,) of integers, which name the images; got shape "
+            f"{known.shape} and dtype {known.dtype}. For the first 4: jnp.arange(4)."
+        )
+    if isinstance(known, np.ndarray) and known.size and not 0 <= known.min() <= known.max() < 2**32:
+        raise ValueError(
+            f"indices must be in [0, 2**32), 32 bits; got {known.min()} to {known.max()}."
+        )
+    return jnp.asarray(known)
 
 
 def initial_noise(
@@ -56,6 +67,15 @@ def initial_noise(
     Image i depends on (key, i) alone, whatever the batch size or the number of devices.
     """
     keys = draw_each(jax.random.split, image_keys(key, indices))
+    whole = isinstance(image_shape, tuple | list) and all(
+        isinstance(n, int | np.integer) and n >= 0 for n in image_shape
+    )
+    if not whole:
+        raise ValueError(
+            "image_shape must be a tuple of whole numbers, such as (32, 32, 3); got "
+            f"{image_shape!r}."
+        )
+    image_shape = tuple(image_shape)
     x_T = draw_each(lambda k: jax.random.normal(k, image_shape, dtype), keys[:, 0])
     return x_T, keys[:, 1]
 
@@ -122,5 +142,6 @@ def typed_key(key: PRNGKey | None) -> jax.Array:
     if isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     if isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32:
-        return jax.random.wrap_key_data(jnp.asarray(key))
+        with contextlib.suppress(TypeError):  # another number of words
+            return jax.random.wrap_key_data(jnp.asarray(key))
     raise ValueError(f"key must be a PRNG key, such as jax.random.key(0); got {key!r}.")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddim_jax.checks import check_same_shape
+from ddim_jax.checks import check_count, check_floating, check_real, check_same_shape
 from ddim_jax.numerics import safe_sqrt
 from ddim_jax.types import Data
 
@@ -20,7 +20,9 @@ Fraction = Float[Array, ""] | float
 
 def lerp(a: Data, b: Data, fraction: Fraction) -> Data:
     """(1 - fraction) a + fraction b. Between two latents it loses norm; prefer `slerp`."""
+    check_floating("a", a)
     check_same_shape("b", b, a)
+    check_real("fraction", fraction)
     return ((1 - fraction) * a + fraction * b).astype(a.dtype)
 
 
@@ -31,7 +33,9 @@ def slerp(a: Data, b: Data, fraction: Fraction) -> Data:
     which have no single arc, are joined by a straight line, and so is a zero vector, which has no
     direction. Source: eq. 67 (Shoemake 1985).
     """
+    check_floating("a", a)
     check_same_shape("b", b, a)
+    check_real("fraction", fraction)
     dtype = jnp.promote_types(a.dtype, jnp.float32)
     u, v = _norm(b.astype(dtype)) * a, _norm(a.astype(dtype)) * b
     # Not the arccos of the cosine, which loses half the digits near 0 and pi: opposite vectors
@@ -54,7 +58,7 @@ def interpolation_line(
     a: Data, b: Data, num_points: int, interpolate=slerp
 ) -> Float[Array, "N *shape"]:
     """`num_points` latents from a to b, both included; `interpolate` is slerp or lerp."""
-    _check_at_least_two("num_points", num_points)
+    check_count("num_points", num_points, at_least=2)
     fractions = jnp.linspace(0.0, 1.0, num_points)
     return jax.vmap(lambda f: interpolate(a, b, f))(fractions)
 
@@ -66,16 +70,12 @@ def interpolation_grid(
 
     Rows run between the two interpolated edges. Source: appendix D.5.
     """
-    if corners.shape[0] != 4:
-        raise ValueError(f"corners must hold 4 latents; got leading axis {corners.shape[0]}.")
-    _check_at_least_two("num_rows", num_rows)
-    _check_at_least_two("num_columns", num_columns)
+    check_floating("corners", corners)
+    if corners.shape[:1] != (4,):
+        raise ValueError(f"corners must hold 4 latents; got shape {corners.shape}.")
+    check_count("num_rows", num_rows, at_least=2)
+    check_count("num_columns", num_columns, at_least=2)
     top_left, top_right, bottom_left, bottom_right = corners
     left = interpolation_line(top_left, bottom_left, num_rows, interpolate)
     right = interpolation_line(top_right, bottom_right, num_rows, interpolate)
     return jax.vmap(lambda a, b: interpolation_line(a, b, num_columns, interpolate))(left, right)
-
-
-def _check_at_least_two(name: str, value: int) -> None:
-    if value < 2:
-        raise ValueError(f"{name} must be at least 2, to include both ends; got {value}.")

@@ -15,9 +15,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ddim_jax.checks import check_floating, check_one_of, look_up
+from ddim_jax.checks import (
+    check_callable,
+    check_count,
+    check_floating,
+    check_number,
+    check_one_of,
+    check_schedule,
+    look_up,
+)
 from ddim_jax.denoisers import PARAMETRIZATIONS, NetworkFn
-from ddim_jax.keys import check_keys, draw_each, draw_noise, image_keys, typed_key
+from ddim_jax.keys import as_indices, check_keys, draw_each, draw_noise, image_keys, typed_key
 from ddim_jax.predict import checked_answer
 from ddim_jax.process import add_noise
 from ddim_jax.types import Data, EpsFn, NoiseSchedule, Prediction, PRNGKey, Time
@@ -66,6 +74,8 @@ def prediction_loss(
     """
     check_one_of("norm", norm, get_args(Norm))
     parametrization = look_up("predicts", predicts, PARAMETRIZATIONS)
+    check_callable("network_fn", network_fn)
+    check_schedule(schedule)
     check_floating("x0", x0)
     if x0.ndim == 0:
         raise ValueError("x0 must have a leading axis of examples; got a scalar.")
@@ -99,6 +109,7 @@ def min_snr(predicts: str = "eps", gamma: float = 5.0) -> Weight:
     gamma <= 0, and for a prediction whose error is no multiple of x0's.
     Source: Hang et al. 2023 (arXiv:2303.09556), section 3.4.
     """
+    check_number("gamma", gamma)
     if not gamma > 0:
         raise ValueError(f"gamma must be above 0; got {gamma}.")
     check_one_of("predicts", predicts, ("eps", "v", "x0"))
@@ -125,6 +136,9 @@ def antithetic_timesteps(
     example's time depends on (key, its place, batch_size) and not on how the batch is sharded.
     Source: the paper's code, which calls it antithetic sampling.
     """
+    check_count("batch_size", batch_size)
+    check_schedule(schedule)
+    indices = as_indices(indices)
     num_drawn = batch_size // 2 + 1
     mirrored = indices >= num_drawn
     keys = image_keys(key, jnp.where(mirrored, indices - num_drawn, indices))

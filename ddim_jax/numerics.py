@@ -7,9 +7,10 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from ddim_jax.checks import check_one_of
+from ddim_jax.checks import check_one_of, check_real
 from ddim_jax.types import Level
 
 Precision = Literal["default", "high", "highest"]
@@ -30,14 +31,42 @@ def matmul_precision(precision: Precision | None) -> contextlib.AbstractContextM
     return jax.default_matmul_precision(precision)
 
 
-def as_level(alpha_bar: Level) -> Float[Array, "*level"]:
-    """The level as an array of at least float32: bfloat16 cannot tell 0.9999 from 1."""
-    return widen(jnp.asarray(alpha_bar))
+def as_real(name: str, value: Level) -> Float[Array, "*level"]:
+    """The number, or array of them, in at least float32; ValueError for what is no real number."""
+    check_real(name, value)
+    # A whole number is taken by way of Python's float: JAX knows none beyond int64.
+    return widen(jnp.asarray(float(value) if isinstance(value, int | np.integer) else value))
 
 
-def expand_level(alpha_bar: Level, x: jax.Array) -> Float[Array, "..."]:
+def as_level(alpha_bar: Level, name: str = "alpha_bar") -> Float[Array, "*level"]:
+    """The level as an array of at least float32: bfloat16 cannot tell 0.9999 from 1.
+
+    Raises ValueError for a number outside [0, 1]; in a JAX array, whose values may not be known
+    yet, it becomes NaN.
+    """
+    level = as_real(name, alpha_bar)
+    if not isinstance(alpha_bar, jax.Array):
+        known = np.asarray(alpha_bar, np.float64)
+        if np.any((known < 0) | (known > 1)):
+            raise ValueError(
+                f"{name} must be in [0, 1], a level, not an index; got {alpha_bar!r}. The level of "
+                "index t is schedule.alpha_bar(t)."
+            )
+        return level
+    return jnp.where((level >= 0) & (level <= 1), level, jnp.nan)
+
+
+def expand_level(alpha_bar: Level, x: jax.Array, name: str = "alpha_bar") -> Float[Array, "..."]:
     """The level with axes of size 1 appended, so that its axes meet x's leading axes."""
-    level = as_level(alpha_bar)
+    return _expanded(as_level(alpha_bar, name), x)
+
+
+def expand(name: str, value: Level, x: jax.Array) -> Float[Array, "..."]:
+    """The same for any real number: a std, a scale."""
+    return _expanded(as_real(name, value), x)
+
+
+def _expanded(level: jax.Array, x: jax.Array) -> jax.Array:
     meets = all(n in (1, m) for n, m in zip(level.shape, x.shape, strict=False))
     if level.ndim > x.ndim or not meets:
         raise ValueError(
@@ -68,4 +97,4 @@ def noise_kept(alpha_bar_prev: Level, sigma: Level) -> Float[Array, "..."]:
 
     NaN where sigma^2 exceeds 1 - alpha_bar_prev: no process adds that much noise.
     """
-    return std_of(1 - as_level(alpha_bar_prev) - as_level(sigma) ** 2)
+    return std_of(1 - as_level(alpha_bar_prev, "alpha_bar_prev") - as_real("sigma", sigma) ** 2)

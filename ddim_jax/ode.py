@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddim_jax.numerics import as_level, expand_level, safe_sqrt
+from ddim_jax.checks import check_callable, check_floating, check_schedule, check_std
+from ddim_jax.numerics import as_level, expand, expand_level, safe_sqrt
 from ddim_jax.predict import predict_noise
 from ddim_jax.types import Data, Denoiser, Level, NoiseSchedule
 
@@ -32,12 +33,16 @@ def noise_to_signal(alpha_bar: Level) -> Float[Array, "*level"]:
 
 def to_ode_coordinates(x_t: Data, alpha_bar: Level) -> tuple[Data, Float[Array, "*level"]]:
     """(x_bar, s) of a state x_t at level alpha_bar in (0, 1]; x_bar is at least float32."""
+    check_floating("x_t", x_t)
     return x_t / safe_sqrt(expand_level(alpha_bar, x_t)), noise_to_signal(alpha_bar)
 
 
 def from_ode_coordinates(x_bar: Data, s: Level) -> Data:
     """The state x_t = x_bar / sqrt(s^2 + 1), whose level is alpha_bar = 1 / (s^2 + 1)."""
-    return x_bar / jnp.sqrt(expand_level(s, x_bar) ** 2 + 1)
+    check_floating("x_bar", x_bar)
+    check_std("s", s)
+    s = expand("s", s, x_bar)
+    return x_bar / jnp.sqrt(jnp.where(s >= 0, s, jnp.nan) ** 2 + 1)
 
 
 def ode_field(eps_fn: Denoiser, schedule: NoiseSchedule) -> OdeField:
@@ -48,6 +53,8 @@ def ode_field(eps_fn: Denoiser, schedule: NoiseSchedule) -> OdeField:
     network believes at the nearest. Below the lowest level (down to clean data, s = 0) and above
     the highest, it is asked at the lowest and the highest index.
     """
+    check_callable("eps_fn", eps_fn)
+    check_schedule(schedule)
 
     def field(x_bar: jax.Array, s: jax.Array) -> jax.Array:
         t = schedule.nearest(-2 * jnp.log(s))

@@ -151,7 +151,8 @@ def clip_prediction(
     # Not re-derived where nothing is cut: the division by sqrt(1 - ab) would only add rounding.
     # Asked by the bounds, since a compiler may compute x0 twice and round it in two ways.
     cut = (x0 < low) | (x0 > high)
-    clipped = jnp.clip(x0, low, high)
+    # A network that says infinity has failed, and a clip must not hide it; low may be infinite.
+    clipped = jnp.where(jnp.isinf(x0), jnp.nan, jnp.clip(x0, low, high))
     rederived = x0_to_epsilon(clipped, widen(x_t), alpha_bar)
     return Prediction(clipped, jnp.where(cut, rederived, widen(eps)))
 
@@ -166,7 +167,7 @@ def checked_answer(eps_fn: Denoiser, x: Data, t: Time) -> jax.Array | Prediction
     answer = eps_fn(x, t)  # pyright: ignore[reportArgumentType]
     arrays = answer if isinstance(answer, Prediction) else (answer,)
     for array in arrays:
-        if not isinstance(array, _ARRAYS):
+        if not isinstance(array, _ARRAYS) or isinstance(array, bool):
             raise ValueError(
                 f"eps_fn must return an array or a Prediction of two; got {type(array).__name__}."
             )
@@ -175,5 +176,10 @@ def checked_answer(eps_fn: Denoiser, x: Data, t: Time) -> jax.Array | Prediction
                 f"eps_fn must return an array of x's shape {jnp.shape(x)}; got {jnp.shape(array)}. "
                 "A network that also predicts a variance has twice the channels: keep the first "
                 "half."
+            )
+        if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+            raise ValueError(
+                "eps_fn must return floating point numbers; got dtype "
+                f"{jnp.result_type(array)}. Cast what the network says."
             )
     return answer

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ddim_jax.checks import check_floating, check_schedule
+from ddim_jax.checks import check_callable, check_floating, check_schedule
 from ddim_jax.denoisers import check_not_clipped
 from ddim_jax.keys import check_keys, draw_noise, fold_in, typed_key
-from ddim_jax.predict import clip_prediction, predict, predict_noise
+from ddim_jax.predict import checked_answer, clip_prediction, predict, predict_noise
 from ddim_jax.steps import (
     Variance,
     check_eta,
@@ -121,8 +121,11 @@ def ddim_or_sigma_hat(eta: Level, is_sigma_hat: Bool[Array, ""] | bool) -> Sampl
     Raises ValueError for a known eta below 0, and for a flag that is no scalar.
     """
     check_eta(eta)
-    if jnp.ndim(is_sigma_hat) != 0:
-        raise ValueError(f"is_sigma_hat must be one flag; got shape {jnp.shape(is_sigma_hat)}.")
+    one_flag = isinstance(is_sigma_hat, bool) or (
+        getattr(is_sigma_hat, "dtype", None) == np.bool_ and jnp.ndim(is_sigma_hat) == 0
+    )
+    if not one_flag:
+        raise ValueError(f"is_sigma_hat must be one flag, true or false; got {is_sigma_hat!r}.")
 
     def stds(ab: Level, ab_prev: Level) -> tuple[Level, Level]:
         sigma = ddim_sigma(ab, ab_prev, eta)
@@ -212,6 +215,7 @@ def _scan(key, eps_fn, schedule, x_T, timesteps, sampler, output):
             f"sampler must be a Sampler, such as ddim() and named_sampler(name) return; got "
             f"{sampler!r}. Call it first."
         )
+    check_callable("eps_fn", eps_fn)
     check_schedule(schedule)
     check_floating("x_T", x_T)
     given, timesteps = timesteps, schedule.check_timesteps(timesteps)
@@ -245,7 +249,7 @@ def _check_tells_data(
     t = np.asarray(timesteps)[0]
     if np.asarray(table)[t] > 0:
         return
-    if not isinstance(jax.eval_shape(eps_fn, x, t), Prediction):
+    if not isinstance(jax.eval_shape(lambda x: checked_answer(eps_fn, x, t), x), Prediction):
         raise ValueError(
             f"eps_fn must tell the data too where alpha_bar is 0, as at the first time, {t}; it "
             "returns noise alone, which says nothing of the data there. Wrap a network of v or x0 "
@@ -263,6 +267,7 @@ def encode(eps_fn: Denoiser, schedule: NoiseSchedule, x_0: Data, timesteps: Time
     Raises ValueError for timesteps out of order or range, and for a network that clips; where that
     is only known inside jit, x_T is NaN (`check_not_clipped`).
     """
+    check_callable("eps_fn", eps_fn)
     check_schedule(schedule)
     check_floating("x_0", x_0)
     ascending = schedule.check_timesteps(timesteps)[::-1]

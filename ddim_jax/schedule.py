@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ddim_jax.checks import check_floating, check_same_shape
+from ddim_jax.checks import check_count, check_floating, check_number, check_same_shape
 from ddim_jax.tables import take_or_nan
 from ddim_jax.types import Level, PRNGKey, Time, Timesteps, is_traced
 
@@ -163,11 +163,20 @@ def _look_up(table: Table, t: Time, clean: float) -> Float[Array, "*index"]:
 
 
 def _as_index(t: Time) -> Int[Array, "*index"]:
-    t = jnp.asarray(t)
-    if not jnp.issubdtype(t.dtype, jnp.integer):
-        raise ValueError(f"t must be integer indices into the schedule; got dtype {t.dtype}.")
-    # Among unsigned integers -1 would wrap: uint8 index 255 is not clean data.
-    return t.astype(jnp.promote_types(t.dtype, jnp.int32))
+    known = t if isinstance(t, jax.Array) else np.asarray(t)
+    if not jnp.issubdtype(known.dtype, jnp.integer):
+        if isinstance(t, int) and not isinstance(t, bool):  # beyond what NumPy counts
+            return jnp.int32(_FAR)
+        raise ValueError(f"t must be integer indices into the schedule; got dtype {known.dtype}.")
+    # None wraps to another: uint32's last is not -1, clean data, nor is 2**32 + 5 the index 5.
+    if jnp.iinfo(known.dtype).max > _FAR:
+        array = jnp if isinstance(known, jax.Array) else np
+        known = array.where((known > _FAR) | (known < -1), _FAR, known)
+    return jnp.asarray(known).astype(jnp.int32)
+
+
+_FAR = 2**31 - 1
+"""An index that no schedule has."""
 
 
 def schedule_from_betas(betas: Sequence[float] | np.ndarray | Float[Array, "T"]) -> Schedule:
@@ -178,7 +187,10 @@ def schedule_from_betas(betas: Sequence[float] | np.ndarray | Float[Array, "T"])
     so many that float32 cannot tell two levels, or a level from 0 or 1, apart.
     Source: Ho et al. 2020 (arXiv:2006.11239), section 2.
     """
-    betas = np.asarray(betas, np.float64)
+    given = np.asarray(betas)
+    if not jnp.issubdtype(given.dtype, jnp.floating):
+        raise ValueError(f"betas must be floating point, each in (0, 1); got dtype {given.dtype}.")
+    betas = given.astype(np.float64)
     if betas.ndim != 1 or betas.size == 0:
         raise ValueError(f"betas must be a non-empty vector (T,); got shape {betas.shape}.")
     if not (np.all(betas > 0) and np.all(betas < 1)):
@@ -204,7 +216,9 @@ def linear_schedule(
 
     Source: Ho et al. 2020, section 4. The defaults give alpha_bar(999) = 4.0358e-5.
     """
-    _check_num_steps(num_steps)
+    check_count("num_steps", num_steps)
+    check_number("beta_start", beta_start)
+    check_number("beta_end", beta_end)
     return schedule_from_betas(np.linspace(beta_start, beta_end, num_steps, dtype=np.float64))
 
 
@@ -215,7 +229,9 @@ def scaled_linear_schedule(
 
     Source: Rombach et al. 2022 (arXiv:2112.10752), their released configurations.
     """
-    _check_num_steps(num_steps)
+    check_count("num_steps", num_steps)
+    check_number("beta_start", beta_start)
+    check_number("beta_end", beta_end)
     if not (beta_start > 0 and beta_end > 0):
         raise ValueError(
             f"beta_start and beta_end must lie in (0, 1); got {beta_start} and {beta_end}."
@@ -231,7 +247,13 @@ def cosine_schedule(
 
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17.
     """
-    _check_num_steps(num_steps)
+    check_count("num_steps", num_steps)
+    check_number("offset", offset)
+    check_number("max_beta", max_beta)
+    if offset < 0 or not 0 < max_beta < 1:
+        raise ValueError(
+            f"offset must be at least 0, and max_beta in (0, 1); got {offset} and {max_beta}."
+        )
     time = np.arange(num_steps + 1, dtype=np.float64) / num_steps
     level = np.cos((time + offset) / (1 + offset) * np.pi / 2) ** 2
     return schedule_from_betas(np.minimum(1 - level[1:] / level[:-1], max_beta))
@@ -246,6 +268,11 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
     Raises ValueError for fewer than two steps, which cannot keep the first level and end at 0.
     Source: Lin et al. 2023 (arXiv:2305.08891), algorithm 1.
     """
+    if not isinstance(schedule, Schedule):
+        raise ValueError(
+            "schedule must be a Schedule, such as linear_schedule() gives; got "
+            f"{type(schedule).__name__}."
+        )
     if schedule.num_steps < 2:
         raise ValueError(
             "schedule must have at least 2 steps, the first to stay and the last to become pure "
@@ -260,11 +287,6 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
     levels, noise = np.append(levels[0], exact[1:]), np.append(noise[0], 1 - exact[1:])
     dtype = schedule.alphas_cumprod.dtype
     return Schedule(levels.astype(dtype), noise.astype(dtype))
-
-
-def _check_num_steps(num_steps: int) -> None:
-    if not isinstance(num_steps, int | np.integer) or num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1; got {num_steps!r}. It counts whole steps.")
 
 
 def ddim_timesteps(
@@ -287,13 +309,16 @@ def ddim_timesteps(
     Raises ValueError unless 1 <= num_sample_steps <= num_steps and the spacing is one of these.
     Source: Song et al. 2021, appendix D.2; the last two are other tools' habits.
     """
-    _check_num_steps(num_steps)
-    if num_sample_steps not in range(1, num_steps + 1):
+    check_count("num_steps", num_steps)
+    whole = isinstance(num_sample_steps, int | np.integer) and not isinstance(
+        num_sample_steps, bool
+    )
+    if not whole or not 1 <= num_sample_steps <= num_steps:
         raise ValueError(
             f"num_sample_steps must be an integer in [1, {num_steps}], the length of the trained "
-            f"schedule; got {num_sample_steps}."
+            f"schedule; got {num_sample_steps!r}."
         )
-    if spacing not in get_args(Spacing):
+    if not isinstance(spacing, str) or spacing not in get_args(Spacing):
         raise ValueError(f"spacing must be one of {get_args(Spacing)}; got {spacing!r}.")
     timesteps = _ascending(num_steps, num_sample_steps, spacing).astype(np.int32)[::-1].copy()
     if timesteps[0] < NOISY_SHARE * num_steps:
@@ -332,7 +357,9 @@ def _check_indices(timesteps: Timesteps, num_steps: int) -> Int[Array, "S"]:
             f"got shape {indices.shape} and dtype {indices.dtype}."
         )
     if isinstance(indices, jax.Array):
-        return indices.astype(jnp.int32)
+        # Clean data is no place to start from; as an index that there is not it gives NaN.
+        return jnp.where(indices < 0, num_steps, indices).astype(jnp.int32)
+    indices = indices.astype(np.int64)  # the differences of unsigned ones would wrap
     if np.any(np.diff(indices) > 0):
         raise ValueError(
             "timesteps must descend, from the noisiest index to the cleanest; "

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ddim_jax.checks import look_up
-from ddim_jax.numerics import expand_level
+from ddim_jax.numerics import expand
 from ddim_jax.ode import from_ode_coordinates, noise_to_signal, to_ode_coordinates
 from ddim_jax.predict import predict, predict_noise, x0_to_epsilon
 from ddim_jax.samplers import Sampler, SamplerState, ddim, ddpm, init_state, sigma_hat
@@ -108,7 +108,7 @@ def probability_flow_euler() -> Sampler:
         here = predict(eps_fn, state.x, t, ab)
         x_bar, s = to_ode_coordinates(state.x, ab)
         s_prev = noise_to_signal(schedule.alpha_bar(t_prev))
-        x_bar = x_bar + expand_level((s_prev**2 - s**2) / (2 * s), x_bar) * here.eps
+        x_bar = x_bar + expand("step", (s_prev**2 - s**2) / (2 * s), x_bar) * here.eps
         x = from_ode_coordinates(x_bar, s_prev).astype(state.x.dtype)
         return SamplerState(x, here.x0.astype(x.dtype))
 

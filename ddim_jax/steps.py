@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ddim_jax.checks import check_one_of, check_same_shape
-from ddim_jax.numerics import as_level, expand_level, noise_kept, safe_sqrt
+from ddim_jax.numerics import as_level, as_real, expand, expand_level, noise_kept, safe_sqrt
 from ddim_jax.predict import as_prediction, clip_prediction
 from ddim_jax.types import Data, Level, Prediction, is_traced
 
@@ -31,10 +31,12 @@ def ddim_sigma(alpha_bar: Level, alpha_bar_prev: Level, eta: Level = 1.0) -> Flo
     Source: eq. 16.
     """
     check_eta(eta)
-    ab, ab_prev = as_level(alpha_bar), as_level(alpha_bar_prev)
+    ab, ab_prev = as_level(alpha_bar), as_level(alpha_bar_prev, "alpha_bar_prev")
+    eta = as_real("eta", eta)
+    eta = jnp.where(eta >= 0, eta, jnp.nan)  # of one that is traced
     # Encoding's first step starts from clean data, where 1 - ab is 0: there the ratio is not used.
     noise = jnp.where(ab == 1, 1.0, 1 - ab)
-    return jnp.asarray(eta) * safe_sqrt((1 - ab_prev) / noise * (1 - _ratio(ab, ab_prev)))
+    return eta * safe_sqrt((1 - ab_prev) / noise * (1 - _ratio(ab, ab_prev)))
 
 
 def ddim_sigma_hat(alpha_bar: Level, alpha_bar_prev: Level) -> Float[Array, "*level"]:
@@ -43,7 +45,7 @@ def ddim_sigma_hat(alpha_bar: Level, alpha_bar_prev: Level) -> Float[Array, "*le
     sqrt(1 - alpha_bar / alpha_bar_prev), but 0 when stepping to clean data, as published.
     Source: appendix D.3; Ho et al. 2020, section 3.2 (beta_t).
     """
-    ab, ab_prev = as_level(alpha_bar), as_level(alpha_bar_prev)
+    ab, ab_prev = as_level(alpha_bar), as_level(alpha_bar_prev, "alpha_bar_prev")
     return jnp.where(ab_prev == 1, 0.0, safe_sqrt(1 - _ratio(ab, ab_prev)))
 
 
@@ -93,6 +95,7 @@ def ddpm_step(
     Source: Ho et al. 2020 (arXiv:2006.11239), algorithm 2 and section 3.2.
     """
     check_variance(variance)
+    check_same_shape("noise", noise, x_t)
     small = ddim_sigma(alpha_bar, alpha_bar_prev, 1.0)
     std = small if variance == "fixed_small" else ddim_sigma_hat(alpha_bar, alpha_bar_prev)
     prediction = as_prediction(eps, x_t, alpha_bar)
@@ -123,11 +126,12 @@ def step_towards(
     paper's family the two are one; its sigma-hat, and DDPM's larger variance, add more.
     """
     x0, eps = prediction
-    ab_prev, sigma = expand_level(alpha_bar_prev, x0), expand_level(sigma, x0)
+    ab_prev = expand_level(alpha_bar_prev, x0, "alpha_bar_prev")
+    sigma = expand("sigma", sigma, x0)
     fresh = 0.0
     if noise is not None:
         check_same_shape("noise", noise, x0)
-        fresh = expand_level(noise_std, x0) * noise
+        fresh = expand("noise_std", noise_std, x0) * noise
     return safe_sqrt(ab_prev) * x0 + noise_kept(ab_prev, sigma) * eps + fresh
 
 
@@ -153,6 +157,8 @@ def check_eta(eta: Level) -> None:
     """Raise ValueError for a known eta that is no number, or below 0; a traced one is not known."""
     if is_traced(eta):
         return
-    known = np.asarray(eta)
-    if not (np.issubdtype(known.dtype, np.number) and np.all(known >= 0)):
+    real = isinstance(eta, int | float | np.ndarray | np.generic | jax.Array)
+    known = np.asarray(eta if real else np.nan)
+    real = any(jnp.issubdtype(known.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    if not (real and np.all(known >= 0)):
         raise ValueError(f"eta must be at least 0 (0 is DDIM, 1 is DDPM); got {eta!r}.")

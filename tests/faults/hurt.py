@@ -182,16 +182,24 @@ def when_early(rng: random.Random, seconds: float, out: pathlib.Path, process) -
 def when_saving(rng: random.Random, seconds: float, out: pathlib.Path, process) -> None:
     """A checkpoint is being written: its folder has its other name."""
     skip = rng.randrange(4)  # saves let through
-    seen: set[str] = set()
+    seen = _being_saved(out)  # what the kill before left
     while process.poll() is None:
-        now = {path.name for path in out.glob("checkpoints/*.orbax-checkpoint-tmp*")}
-        if now - seen:
-            seen |= now
+        if new := _being_saved(out) - seen:
+            seen |= new
             if skip == 0:
                 time.sleep(rng.uniform(0, 0.02))
                 return
             skip -= 1
         time.sleep(0.0005)
+
+
+def _being_saved(out: pathlib.Path) -> set[tuple[str, int]]:
+    """The folders of checkpoints that are not whole, by name and file number."""
+    found = set()
+    for path in out.glob("checkpoints/*.orbax-checkpoint-tmp*"):
+        with contextlib.suppress(FileNotFoundError):  # whole by now
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def when_a_line_is_new(rng: random.Random, seconds: float, out: pathlib.Path, process) -> None:
@@ -242,11 +250,12 @@ def kill_often(
         out = folder / f"{name}_{figures.ends}"
         for _ in range(min(10, kills - figures.kills)):
             moment = MOMENTS[name][figures.kills % len(MOMENTS[name])]
+            before = _being_saved(out)
             process = job.start(out)
             moment(rng, seconds, out, process)
-            saving = any(out.glob("checkpoints/*.orbax-checkpoint-tmp*"))
             process.send_signal(signal.SIGKILL)
             process.communicate()
+            saving = bool(_being_saved(out) - before)
             if process.returncode != -signal.SIGKILL:
                 figures.too_late += 1
                 if process.returncode != 0:

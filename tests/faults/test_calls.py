@@ -1,0 +1,62 @@
+"""Wrong arguments of every public function: refused by name, or NaN where nobody could know."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import calls
+import pytest
+
+import ddim_jax as dj
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+EVERY = [call for shape in calls.SHAPES for call in calls.every_call(shape)]
+NOT_CALLED = {
+    # Tables, types and protocols; samplers without arguments; what the others are made of.
+    "PARAMETRIZATIONS", "SAMPLERS", "BoundTerms", "Denoiser", "EpsFn", "NoiseSchedule",
+    "Parametrization", "Prediction", "Sampler", "SamplerState", "dpm_solver_pp_2m", "heun",
+    "probability_flow_euler", "sigma_hat", "ddpm", "fold_in", "interpolation_grid", "ode_field",
+}  # fmt: skip
+
+
+def faults(number: int, seed: int) -> str:
+    """What is said of so many calls, in a process without the tests' own checks of types."""
+    done = subprocess.run(
+        [sys.executable, calls.__file__, str(number), "--seed", str(seed)],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def test_some_are_refused_or_right():
+    assert faults(400, 0).splitlines()[-1].endswith(" 0 faults")
+
+
+@pytest.mark.slow
+def test_all_are_refused_or_right():
+    said = faults(len(EVERY), 1)
+    assert said.startswith(f"{len(EVERY)} calls") and said.strip().endswith(" 0 faults")
+
+
+def test_every_function_is_among_them():
+    assert len(EVERY) >= 20_000
+    assert set(dj.__all__) - calls.uses().keys() == NOT_CALLED
+
+
+def test_a_fault_would_be_found():
+    """A clamp where a refusal is due, and an error from inside NumPy."""
+    role = {"x": calls.Role(lambda shape: 1.0, {"words": lambda shape: "a"})}
+    table = calls.uses() | {
+        "silent": (lambda x: 1.0, role),
+        "foreign": (lambda x: x + 1, role),
+        "refused below": (lambda x: float(x), role),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calls, "uses", lambda: table)
+        said = [
+            calls.fault_of(calls.Call(name, (2,), "x", "words", "wrong"))
+            for name in ("silent", "foreign", "refused below")
+        ]
+    assert said[0] == "silent: 1.0" and said[1].startswith("foreign TypeError")
+    assert said[2].startswith("foreign ValueError: could not convert")

@@ -1,0 +1,50 @@
+"""Real commands, hurt: the same end as without, and nothing left lying about."""
+
+import os
+import random
+import shutil
+
+import hurt
+import pytest
+
+pytest.importorskip("tyro")
+
+
+@pytest.fixture(scope="module")
+def ready():
+    with hurt.prepared() as (folder, jobs):
+        yield folder, jobs
+
+
+def test_training_killed_three_times_ends_as_ever(ready):
+    folder, jobs = ready
+    figures = hurt.kill_often(folder, jobs["train"], "train", 3, random.Random(1))
+    assert figures.kills == 3 and figures.wrong == []
+
+
+def test_a_full_disk_is_one_line(ready):
+    if os.getuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small disk needs root")
+    folder, jobs = ready
+    figures = hurt.fill_disk(folder, jobs["sample"], "sample", 1, random.Random(0))
+    assert figures.wrong == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, kills",
+    [("train", 100), ("sweep", 40), ("sample", 20), ("statistics", 20), ("convert", 20)],
+)
+def test_kills(ready, name, kills):
+    folder, jobs = ready
+    figures = hurt.kill_often(folder / name, jobs[name], name, kills, random.Random(0))
+    assert figures.wrong == []
+    assert name != "train" or figures.while_saving >= 25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train", "sweep", "sample"])
+def test_signals(ready, name):
+    folder, jobs = ready
+    figures = hurt.signal_often(folder / "s", jobs[name], name, 10, random.Random(0))
+    assert figures.wrong == []
