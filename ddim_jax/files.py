@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -100,8 +101,8 @@ def read_json(
     """
     path = local_path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # bytes that are no text are a ValueError too
+        content = parsed(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # bytes that are no text are one too
         raise ValueError(f"{path} is not JSON, or damaged ({error}). {way_out}") from error
     if not isinstance(content, dict):
         raise ValueError(
@@ -109,6 +110,14 @@ def read_json(
         )
     with naming(path):
         return unsealed(content, way_out)
+
+
+def parsed(text: str) -> Any:
+    """What a piece of JSON says; ValueError for what is none, or nested too deeply to read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def unsealed(content: Mapping[str, Any], way_out: str) -> dict[str, Any]:
@@ -185,12 +194,45 @@ def _array_names(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(f"{name}.npy") as member:
-        array = np.lib.format.read_array(member, allow_pickle=False)
+    member = archive.getinfo(f"{name}.npy")
+    if member.file_size > max(_UNPACKED, _RATIO * member.compress_size):
+        raise ValueError(
+            f"{name} would become {member.file_size / 2**30:.1f} GiB from "
+            f"{member.compress_size / 2**20:.1f} MiB; if that is meant, write it uncompressed, "
+            "with np.savez"
+        )
+    with archive.open(member) as file:
+        check_array_size(file, member.file_size)
+    with archive.open(member) as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
         # np.load stops here. Only the end of a member has its checksum compared.
-        if member.read(1):
+        if file.read(1):
             raise ValueError(f"{name} has more bytes than its shape {array.shape} says")
     return array
+
+
+_UNPACKED, _RATIO = 2**28, 100
+"""Bytes that may come out of a compressed array of any size, and how many times its own beyond."""
+
+
+def check_array_size(file: Any, size: int) -> None:
+    """Raise ValueError unless the .npy file of so many bytes is as large as its header says.
+
+    So that memory for what a header claims is not asked for in vain.
+    """
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"it is of version {version} of NumPy's format, not 1.0 or 2.0")
+    shape, _, dtype = readers[version](file)
+    claimed = math.prod(shape) * dtype.itemsize
+    if not dtype.hasobject and claimed != size - file.tell():
+        raise ValueError(
+            f"its shape {shape} of {dtype} is {claimed} bytes; it has {size - file.tell()}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------

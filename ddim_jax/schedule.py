@@ -25,6 +25,7 @@ from ddim_jax.types import Level, PRNGKey, Time, Timesteps, is_traced
 Spacing = Literal["uniform", "quadratic", "linspace", "trailing"]
 NOISY_SHARE = 0.7
 """Of T: a sub-sequence that starts below this index starts where images are not noise yet."""
+MAX_STEPS = 10**6
 Table: TypeAlias = Float[Array, "T"] | Float[np.ndarray, "T"]
 """NumPy's where it is known: a JAX array would belong to the mesh that was set when it was made."""
 
@@ -216,7 +217,7 @@ def linear_schedule(
 
     Source: Ho et al. 2020, section 4. The defaults give alpha_bar(999) = 4.0358e-5.
     """
-    check_count("num_steps", num_steps)
+    _check_num_steps(num_steps)
     check_number("beta_start", beta_start)
     check_number("beta_end", beta_end)
     return schedule_from_betas(np.linspace(beta_start, beta_end, num_steps, dtype=np.float64))
@@ -229,7 +230,7 @@ def scaled_linear_schedule(
 
     Source: Rombach et al. 2022 (arXiv:2112.10752), their released configurations.
     """
-    check_count("num_steps", num_steps)
+    _check_num_steps(num_steps)
     check_number("beta_start", beta_start)
     check_number("beta_end", beta_end)
     if not (beta_start > 0 and beta_end > 0):
@@ -247,7 +248,7 @@ def cosine_schedule(
 
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17.
     """
-    check_count("num_steps", num_steps)
+    _check_num_steps(num_steps)
     check_number("offset", offset)
     check_number("max_beta", max_beta)
     if offset < 0 or not 0 < max_beta < 1:
@@ -289,6 +290,15 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
     return Schedule(levels.astype(dtype), noise.astype(dtype))
 
 
+def _check_num_steps(num_steps: int) -> None:
+    check_count("num_steps", num_steps)
+    if num_steps > MAX_STEPS:  # before memory for so many is asked for
+        raise ValueError(
+            f"num_steps must be at most {MAX_STEPS}, since float32 cannot tell the levels of more "
+            f"apart; got {num_steps}."
+        )
+
+
 def ddim_timesteps(
     num_steps: int, num_sample_steps: int, spacing: Spacing = "uniform"
 ) -> Int[np.ndarray, "S"]:
@@ -309,7 +319,7 @@ def ddim_timesteps(
     Raises ValueError unless 1 <= num_sample_steps <= num_steps and the spacing is one of these.
     Source: Song et al. 2021, appendix D.2; the last two are other tools' habits.
     """
-    check_count("num_steps", num_steps)
+    _check_num_steps(num_steps)
     whole = isinstance(num_sample_steps, int | np.integer) and not isinstance(
         num_sample_steps, bool
     )

@@ -37,7 +37,7 @@ from ddim_jax.metrics.classifier import (
 )
 from ddim_jax.metrics.features import CLASSIFIER_FILE
 from ddim_jax.paths import DataName, Folder
-from ddim_jax.runs.options import check_limits, option
+from ddim_jax.runs.options import MAX_SIDE, check_limits, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class ClassifierConfig:
     """What it learns from."""
     test_split: str = "test"
     """What its accuracy is measured on."""
-    image_size: int | None = option(None, at_least=1)
+    image_size: int | None = option(None, at_least=1, below=MAX_SIDE)
     """Resize and crop images to this side."""
     crop: CropName | None = None
     """celeba cuts the paper's 128x128 out of aligned CelebA images, 178x218, and makes it 64x64

@@ -8,7 +8,6 @@ Beside the FID of CIFAR-10 stands the curve that is published for DDPM's recipe.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -18,7 +17,7 @@ import tyro
 from common import cli, figures
 from matplotlib.axes import Axes
 
-from ddim_jax.files import write_whole
+from ddim_jax.files import parsed, write_whole
 from ddim_jax.paths import Folder, local_path
 from ddim_jax.runs import read_config
 
@@ -62,9 +61,9 @@ def read_lines(path: pathlib.Path) -> list[Line]:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; train.py writes it. Give the folder of a run.")
-    text = path.read_text()
     try:
-        lines = [json.loads(x) for x in text.splitlines(keepends=True) if x.endswith("\n")]
+        text = path.read_text()
+        lines = [parsed(x) for x in text.splitlines(keepends=True) if x.endswith("\n")]
         ordered = sorted(lines, key=lambda line: line["step"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} has a damaged line ({error}); delete that line.") from error

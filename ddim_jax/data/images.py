@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,12 +16,21 @@ from ddim_jax.data.content import content_of
 from ddim_jax.data.crops import Crop
 from ddim_jax.data.source import ArraySource
 
+MAX_PIXELS = 2**26
+"""Of one image: some formats pack gigabytes of one colour into a thousand bytes."""
+
 
 @contextlib.contextmanager
 def opened(file: str | io.BytesIO, name: str) -> Iterator[PIL.Image.Image]:
     """The image in a file; what fails in the block too is a ValueError, which calls it `name`."""
+    if isinstance(file, str) and not os.path.isfile(file):  # a pipe would be waited for
+        raise ValueError(f"{name} is no file that could hold an image. Remove it.")
     try:
         with PIL.Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise OSError(
+                    f"it claims {image.width} x {image.height} pixels, above {MAX_PIXELS}"
+                )
             yield image
     # What PIL raises for a truncated or foreign file; SyntaxError is its word for a broken PNG.
     except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from ddim_jax.data.source import ArraySource
-from ddim_jax.files import npz_names, read_npz
+from ddim_jax.files import check_array_size, npz_names, read_npz
 from ddim_jax.paths import local_path
 
 # fmt: off
@@ -56,6 +56,8 @@ def npy_file(path: str | os.PathLike[str]) -> ArraySource:
         raise ValueError(f"{path} does not exist; give the path of a .npy file of uint8 images.")
     try:
         with path.open("rb") as file:
+            check_array_size(file, path.stat().st_size)
+            file.seek(0)
             images = np.lib.format.read_array(file, allow_pickle=False)
             if file.read(1):
                 raise ValueError(f"more bytes than its shape {images.shape} says")

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ddim_jax.checks import check_finite_weights, check_types
 from ddim_jax.data.pixels import to_model_range
-from ddim_jax.files import naming, write_whole
+from ddim_jax.files import naming, parsed, write_whole
 from ddim_jax.hashing import content_hash
 from ddim_jax.paths import local_path
 from ddim_jax.types import PRNGKey
@@ -144,10 +144,10 @@ def load_classifier(path: str | os.PathLike) -> TrainedClassifier:
         )
     try:
         with safe_open(path, "numpy") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+            header = parsed((file.metadata() or {}).get(_HEADER, "null"))
             names = file.keys()
             tensors = {name: jnp.asarray(file.get_tensor(name)) for name in names}
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a classifier, or damaged: {error}") from error
     if header is None:
         raise ValueError(f"{path} is not a classifier: its header has no entry {_HEADER!r}.")

@@ -33,7 +33,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ddim_jax.checks import check_types
-from ddim_jax.files import naming, write_whole
+from ddim_jax.files import naming, parsed, write_whole
 from ddim_jax.hashing import content_hash
 from ddim_jax.metrics.features import FeatureName, FeatureNetwork, Images, feature_batches
 from ddim_jax.metrics.frechet import (
@@ -268,15 +268,15 @@ def load_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
     arrays = read_arrays(path)
     mean, cov = arrays["mu"], arrays["sigma"]
     try:
-        metadata = json.loads(str(arrays.get("metadata", '{"features": "inception"}')))
         with naming(path):
+            metadata = parsed(str(arrays.get("metadata", '{"features": "inception"}')))
             check_types(metadata, _METADATA, "Make it again.")
         _check_format(path, metadata.pop("format", 1))
         want = metadata.pop("content_hash", None)
         hashes = metadata.pop("state_hashes", {})
         statistics = FeatureStatistics(mean, cov, states=_states(arrays, hashes), **metadata)
         _check_metadata(statistics)
-    except (TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} holds metadata that this version cannot read: {error}. Make it again."
         ) from error

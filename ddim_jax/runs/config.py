@@ -11,7 +11,7 @@ from ddim_jax.data.load import CropName
 from ddim_jax.numerics import Precision, check_precision
 from ddim_jax.objectives import DENOISING, OBJECTIVES, Objective
 from ddim_jax.paths import DataName, File, Folder
-from ddim_jax.runs.options import check_limits, option
+from ddim_jax.runs.options import MAX_SIDE, check_limits, option
 from ddim_jax.runs.spec import (
     CIFAR10_MODEL,
     LINEAR,
@@ -36,7 +36,7 @@ class TrainConfig:
     """Where TFDS sets stand; its own default if not given."""
     split: str = "train"
     """Which part of the data to train on; TFDS slices such as train[:1000] work."""
-    image_size: int | None = option(None, at_least=1)
+    image_size: int | None = option(None, at_least=1, below=MAX_SIDE)
     """Resize and crop images to this side; without it all must have one size."""
     crop: CropName | None = None
     """celeba cuts the paper's 128x128 out of aligned CelebA images, 178x218, and makes it 64x64

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddim_jax.files import read_json, write_json, write_whole
+from ddim_jax.files import parsed, read_json, write_json, write_whole
 from ddim_jax.parallel import unreplicate
 from ddim_jax.runs.draw import Pixels, marked_images
 
@@ -185,9 +185,9 @@ def _forget_after(path: pathlib.Path, step: int) -> None:
     """Drop the lines of steps that a resumed run takes again, and one that a kill cut short."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
     try:
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and parsed(line)["step"] <= step]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} has a damaged line ({type(error).__name__}: {error}); delete that line, or "

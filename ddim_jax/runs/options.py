@@ -14,6 +14,9 @@ from ddim_jax.paths import PathOption, expanded, local_path
 
 Config = TypeVar("Config")
 
+MAX_SIDE = 8193
+"""An image's side is below it: beyond, one image alone takes the memory of a machine."""
+
 
 def option(
     default: Any,

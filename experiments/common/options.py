@@ -15,7 +15,7 @@ from ddim_jax.data.load import CropName
 from ddim_jax.numerics import Precision
 from ddim_jax.paths import DataName, Folder
 from ddim_jax.runs import Run, Weights, load_trained
-from ddim_jax.runs.options import option
+from ddim_jax.runs.options import MAX_SIDE, option
 from ddim_jax.schedule import Spacing
 from ddim_jax.solvers import SAMPLERS
 
@@ -97,7 +97,7 @@ class DataOptions:
     """Which part of the data; TFDS slices such as train[:1000] work."""
     data_dir: Folder | None = None
     """Where TFDS sets stand; its own default if not given."""
-    image_size: int | None = option(None, at_least=1)
+    image_size: int | None = option(None, at_least=1, below=MAX_SIDE)
     """Resize and crop images to this side; without it all must have one size."""
     crop: CropName | None = None
     """celeba cuts the paper's 128x128 out of aligned CelebA images, 178x218, and makes it 64x64

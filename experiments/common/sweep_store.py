@@ -27,6 +27,7 @@ from ddim_jax.checks import check_types
 from ddim_jax.files import (
     differences,
     naming,
+    parsed,
     read_json,
     read_npz,
     sealed,
@@ -208,7 +209,12 @@ def read_results(out: pathlib.Path) -> list[dict[str, Any]]:
     path = out / "results.jsonl"
     if not path.exists():
         return []
-    return [_read_line(path, text) for text in path.read_text().splitlines()]
+    return [_read_line(path, text) for text in _texts(path)]
+
+
+def _texts(path: pathlib.Path) -> list[str]:
+    with naming(path):  # bytes that are no text
+        return path.read_text(encoding="utf-8").splitlines()
 
 
 _RESULT = {
@@ -227,7 +233,7 @@ def drop_other_times(out: pathlib.Path, cells: Sequence[Cell], num_steps: int) -
     Files since then say "times": 2. `cells` are those wanted, of which one may be under way.
     """
     path = out / "results.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = _texts(path) if path.exists() else []
     kept = []
     for text in lines:
         line = _read_line(path, text)
@@ -253,7 +259,7 @@ def drop_other_times(out: pathlib.Path, cells: Sequence[Cell], num_steps: int) -
 def _read_line(path: pathlib.Path, text: str) -> dict[str, Any]:
     _check_line_format(path, text)
     try:
-        line = unsealed(json.loads(text), "")
+        line = unsealed(parsed(text), "")
         line = line if "format" in line else sweep_format_1.line(line)
         if missing := {"values", "seconds", "measures", *_CELL_KEYS} - line.keys():
             raise KeyError(", ".join(sorted(missing)))
@@ -269,9 +275,11 @@ def _read_line(path: pathlib.Path, text: str) -> dict[str, Any]:
 
 
 def _check_line_format(path: pathlib.Path, text: str) -> None:
-    with contextlib.suppress(json.JSONDecodeError):  # a damaged line, said where it is read
-        if isinstance(line := json.loads(text), dict):
-            _check_format(path, line)
+    line = None
+    with contextlib.suppress(ValueError):  # a damaged line, said where it is read
+        line = parsed(text)
+    if isinstance(line, dict):
+        _check_format(path, line)
 
 
 _CELL_KEYS = ("S", "sampler", "eta", "guidance_scale", "spacing", "seed")
