@@ -65,6 +65,7 @@ def pmap_train_step(
     ema_decay: float,
     ema_warmup: bool = True,
     num_microbatches: int = 1,
+    skip_nonfinite: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """`train_step` on every device: (state, batch[, frozen]) -> (state, metrics).
 
@@ -78,6 +79,7 @@ def pmap_train_step(
         ema_decay=ema_decay,
         ema_warmup=ema_warmup,
         axis_name=AXIS,
+        skip_nonfinite=skip_nonfinite,
         num_microbatches=num_microbatches,
     )
     return jax.pmap(step, axis_name=AXIS, donate_argnums=0)

@@ -78,6 +78,7 @@ def train_step(
     ema_warmup: bool = True,
     axis_name: str | None = None,
     num_microbatches: int = 1,
+    skip_nonfinite: bool = False,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """The next state, and metrics "loss" and "grad_norm" (before clipping), float32 scalars.
 
@@ -87,6 +88,7 @@ def train_step(
     `frozen` are the arrays that the loss reads and nobody changes.
     The average's decay is `average_decay`; without `ema_warmup` it is ema_decay from the first step
     on. A state is spoilt where "loss" or "grad_norm" is not finite: check both before keeping it.
+    With `skip_nonfinite` such an update changes nothing but the step.
     """
     size = jax.tree.leaves(batch)[0].shape[0]
     chex.assert_tree_shape_prefix(dict(batch), (size,))
@@ -123,7 +125,12 @@ def train_step(
     decay = average_decay(step, ema_decay) if ema_warmup else ema_decay
     ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
-    return TrainState(step, params, ema_params, opt_state, state.key, loss_state), metrics
+    new = TrainState(step, params, ema_params, opt_state, state.key, loss_state)
+    if skip_nonfinite:
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        kept = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
+        new = kept._replace(step=step)
+    return new, metrics
 
 
 def _of_each_device(tree: Any, axis_name: str | None) -> Any:

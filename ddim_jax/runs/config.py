@@ -80,6 +80,10 @@ class TrainConfig:
     """Start from the weights of this workdir, trained or converted, instead of random ones; the
     average then goes on from its average, without a warm-up."""
 
+    skip_updates: int = option(0, at_least=0, may_change=True)
+    """So many updates whose loss or gradient is not finite are left out, in all, before the run
+    stops; each is a line of metrics.jsonl. With 0 the first one stops it."""
+
     seed: int = option(0, at_least=0, below=NUM_SEEDS)
     """Of the initial weights, the order of the data and all noise."""
     max_seconds: float | None = option(None, at_least=0, may_change=True)

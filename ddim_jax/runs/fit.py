@@ -225,7 +225,15 @@ def _described(job: _Job) -> dict[str, Any]:
 
 def _log(job: _Job, start: int, watchers: Sequence[Watcher]) -> Log:
     config = job.config
-    return Log(job.workdir, start, config.max_steps, config.log_every, config.batch_size, watchers)
+    return Log(
+        job.workdir,
+        start,
+        config.max_steps,
+        config.log_every,
+        config.batch_size,
+        watchers,
+        config.skip_updates,
+    )
 
 
 def _announce(job: _Job, state: TrainState, step: int) -> None:
@@ -258,6 +266,7 @@ def _train(
         ema_decay=config.ema_decay,
         ema_warmup=config.ema_warmup and config.init_from is None,
         num_microbatches=config.num_microbatches,
+        skip_nonfinite=config.skip_updates > 0,
     )
     stream = prefetch_to_device(_batches(job, start), parallel.shard)
     frozen = parallel.replicate(job.frozen)

@@ -56,14 +56,18 @@ class Log:
         every: int,
         batch_size: int,
         watchers: Sequence[Watcher],
+        may_skip: int = 0,
     ):
-        """`every` updates make a line of metrics.jsonl."""
+        """`every` updates make a line of metrics.jsonl; `may_skip` in all may be left out."""
+        self._may_skip = may_skip
         self._workdir, self._every, self._batch_size = workdir, every, batch_size
         self._start, self._max_steps, self._watchers = start, max_steps, watchers
         self._time, self._step = time.monotonic(), start
         self._windows = _windows_up_to(workdir / WINDOWS, start)
         self._losses = list(self._windows.get(start, []))
+        self._skipped = _count_skipped(workdir / "metrics.jsonl", start)
         self._lines: Any = None
+        self._grad_norm: float | None = None  # of the last update that counts, since the last line
 
     def __enter__(self) -> Log:  # noqa: D105
         if jax.process_index() == 0:
@@ -83,33 +87,39 @@ class Log:
     def read(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """The metrics of a step; raises FloatingPointError if its update spoilt the state."""
         values = {name: float(value) for name, value in unreplicate(metrics).items()}
-        for name, value in values.items():
-            if not np.isfinite(value):
-                raise FloatingPointError(
-                    f"the {name} of step {step} is {value}; checkpoints from before, if any, are "
-                    f"kept in {self._workdir}. Lower the learning rate or lengthen the warm-up, in "
-                    "another workdir."
-                )
+        bad = [f"the {name} of step {step} is {x}" for name, x in values.items() if x - x != 0]
+        if bad and self._skipped >= self._may_skip:
+            after = f" after {self._skipped} that were left out" if self._may_skip else ""
+            raise FloatingPointError(
+                f"{bad[0]}{after}; checkpoints from before, if any, are kept in {self._workdir}. "
+                "Lower the learning rate or lengthen the warm-up, in another workdir; or leave "
+                "such updates out, by skip_updates."
+            )
+        if bad:
+            self._skipped += 1
+            self._append({"step": step, "skipped": bad[0]})
+            print(f"warning: {bad[0]}; this update is left out", file=sys.stderr, flush=True)
         return values
 
     def write(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Record one step; every `every` steps write the mean since the last line."""
         values = self.read(step, metrics)
-        self._losses.append(values["loss"])
+        if all(map(np.isfinite, values.values())):
+            self._losses.append(values["loss"])
+            self._grad_norm = values["grad_norm"]
         for watcher in self._watchers:
             watcher.update(step)
-        if step % self._every:
+        if step % self._every or self._grad_norm is None:
             return
         now = time.monotonic()
         line = {
             "step": step,
             "loss": float(np.mean(self._losses)),
-            "grad_norm": values["grad_norm"],
+            "grad_norm": self._grad_norm,
             "images_per_second": (step - self._step) * self._batch_size / (now - self._time),
         }
-        self._losses, self._time, self._step = [], now, step
-        if self._lines is not None:
-            self._append(line)
+        self._losses, self._grad_norm, self._time, self._step = [], None, now, step
+        self._append(line)
         for watcher in self._watchers:
             watcher.line(line)
 
@@ -125,12 +135,13 @@ class Log:
                 file=sys.stderr,
                 flush=True,
             )
-        if self._lines is not None:
-            self._append({"step": step, **numbers})
+        self._append({"step": step, **numbers})
         for watcher in self._watchers:
             watcher.measured(step, numbers)
 
     def _append(self, line: Mapping[str, Any]) -> None:
+        if self._lines is None:
+            return
         try:
             self._lines.write(json.dumps(line) + "\n")
         except OSError as error:  # which does not say of which file
@@ -181,16 +192,25 @@ def _windows_up_to(path: pathlib.Path, step: int) -> dict[int, list[float]]:
     return {key: losses for key, losses in windows.items() if key <= step}
 
 
+def _count_skipped(path: pathlib.Path, step: int) -> int:
+    """How many updates up to `step` were left out, by the lines that say so."""
+    return sum("skipped" in parsed(line) for line in _lines_up_to(path, step))
+
+
 def _forget_after(path: pathlib.Path, step: int) -> None:
     """Drop the lines of steps that a resumed run takes again, and one that a kill cut short."""
+    if path.exists():
+        write_whole(path, "".join(_lines_up_to(path, step)).encode())
+
+
+def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
     if not path.exists():
-        return
+        return []
     try:
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and parsed(line)["step"] <= step]
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n") and parsed(line)["step"] <= step]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} has a damaged line ({type(error).__name__}: {error}); delete that line, or "
             "the file."
         ) from error
-    write_whole(path, "".join(kept).encode())
