@@ -33,7 +33,9 @@ def opened(file: str | io.BytesIO, name: str) -> Iterator[PIL.Image.Image]:
                 )
             yield image
     # What PIL raises for a truncated or foreign file; SyntaxError is its word for a broken PNG.
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        if isinstance(error, ValueError) and name in str(error):
+            raise  # said already
         raise ValueError(
             f"{name} cannot be read as an image ({error}). Remove it or replace it."
         ) from error

@@ -61,7 +61,8 @@ def npy_file(path: str | os.PathLike[str]) -> ArraySource:
             images = np.lib.format.read_array(file, allow_pickle=False)
             if file.read(1):
                 raise ValueError(f"more bytes than its shape {images.shape} says")
-    except (ValueError, EOFError, OverflowError) as error:
+    # Damage in a header reaches Python's parser, which promises none of its errors.
+    except Exception as error:
         raise ValueError(
             f"{path} cannot be read as images, one plain array in a .npy file ({error}). Copy it "
             "again, or write it with np.save(path, images)."

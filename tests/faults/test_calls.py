@@ -60,3 +60,21 @@ def test_a_fault_would_be_found():
         ]
     assert said[0] == "silent: 1.0" and said[1].startswith("foreign TypeError")
     assert said[2].startswith("foreign ValueError: could not convert")
+
+
+def hurt_files(number: int) -> str:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'experiments'}"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/faults/files.py"), str(number)],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def test_some_damaged_files_are_refused_or_read_as_they_were():
+    assert ", 0 faults, at most" in hurt_files(60)
+
+
+@pytest.mark.slow
+def test_damaged_files_are_refused_or_read_as_they_were():
+    assert ", 0 faults, at most" in hurt_files(3000)
