@@ -66,7 +66,7 @@ class CompareConfig:
     """Numbers of steps S on the paper's schedule."""
     spacing: Spacing = "quadratic"
     """Sub-sequence of time indices on the paper's schedule."""
-    num_points: int = option(400, at_least=2)
+    num_points: int = option(400, at_least=2, below=10_001)
     """Quantiles of x_T that are followed to x_0."""
 
 

@@ -18,7 +18,7 @@ from common.sample_set import open_images
 from ddim_jax.data.source import facts_of
 from ddim_jax.metrics.metric import Metric, State, column_name
 from ddim_jax.paths import DataName, File
-from ddim_jax.runs.options import check_limits, option
+from ddim_jax.runs.options import MAX_BATCH, check_limits, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class FidConfig(MetricOptions, DataOptions):
     sample.py wrote all images are measured, and those that are not complete are refused."""
     stats: File
     """What make_statistics.py wrote, or the .npz that pytorch-fid and TTUR publish."""
-    batch_size: int = option(256, at_least=1)
+    batch_size: int = option(256, at_least=1, below=MAX_BATCH)
     """Images at once."""
 
 

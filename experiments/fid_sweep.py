@@ -49,7 +49,7 @@ from common.sweep_time import Clock, process_seconds
 from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.files import only_one_process
 from ddim_jax.paths import File, Folder
-from ddim_jax.runs.options import check_limits, option
+from ddim_jax.runs.options import MAX_BATCH, check_limits, option
 from ddim_jax.runs.stop import stop_signals
 from ddim_jax.schedule import Spacing
 from ddim_jax.solvers import SAMPLERS, named_sampler
@@ -88,7 +88,7 @@ class SweepConfig(MetricOptions, SpacingOptions, ModelOptions):
     """Image i depends on (seed, i) alone."""
     seeds: tuple[int, ...] = ()
     """Each cell once for each of these, in place of --seed: the table has their mean and spread."""
-    batch_size: int | None = option(None, at_least=1)
+    batch_size: int | None = option(None, at_least=1, below=MAX_BATCH)
     """Images drawn at once; if not given, what fits into the devices' memory."""
     save_every: int = option(10, at_least=1)
     """Batches between two saves of a cell under way."""

@@ -40,7 +40,7 @@ class InterpolateConfig(DrawOptions, StepsOptions, RealImageOptions, ModelOption
     images: tuple[int, int] | tuple[File, File] | None = None
     """Two real images to join, through their latents: indices in the data, or two image files.
     Those of another size are resized and cropped to the model's. Noise is joined if not given."""
-    num_points: int = option(11, at_least=2)
+    num_points: int = option(11, at_least=2, below=10_001)
     """Images on the line, both ends included."""
     grid_size: int = option(8, at_least=2)
     """Rows, and columns, of the grid."""

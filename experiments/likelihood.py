@@ -27,7 +27,7 @@ from ddim_jax.keys import image_keys, seed_key
 from ddim_jax.parallel import map_rows, over_devices
 from ddim_jax.paths import Folder
 from ddim_jax.runs import RunParams, RunSpec
-from ddim_jax.runs.options import check_limits, option
+from ddim_jax.runs.options import MAX_BATCH, check_limits, option
 from ddim_jax.schedule import Spacing
 from ddim_jax.types import Timesteps
 
@@ -51,7 +51,7 @@ class LikelihoodConfig(DrawOptions, RealImageOptions, ModelOptions):
     """Sub-sequence of time indices; must not repeat one."""
     seed: int = option(0, at_least=0, below=NUM_SEEDS)
     """Of the noise: image i's depends on (seed, i) alone."""
-    batch_size: int = option(250, at_least=1)
+    batch_size: int = option(250, at_least=1, below=MAX_BATCH)
     """Images measured at once."""
 
 

@@ -24,7 +24,7 @@ from ddim_jax.metrics.features import FEATURE_NETWORKS
 from ddim_jax.metrics.frechet import MOMENTS, frechet_metric
 from ddim_jax.metrics.statistics import save_statistics, statistics_of
 from ddim_jax.paths import DataName, File
-from ddim_jax.runs.options import check_limits, option
+from ddim_jax.runs.options import MAX_BATCH, check_limits, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class StatisticsConfig(MetricOptions, DataOptions):
     features: Annotated[
         str, tyro.conf.arg(help=f"The network behind the features: {', '.join(FEATURE_NETWORKS)}.")
     ] = "inception"
-    batch_size: int = option(256, at_least=1)
+    batch_size: int = option(256, at_least=1, below=MAX_BATCH)
     """Images at once."""
 
 

@@ -23,7 +23,7 @@ from ddim_jax.inversion import encode_fixed_point
 from ddim_jax.parallel import map_rows, over_devices
 from ddim_jax.paths import Folder
 from ddim_jax.runs import Run, RunParams, RunSpec, checked_images, to_pixels
-from ddim_jax.runs.options import check_limits, option
+from ddim_jax.runs.options import MAX_BATCH, check_limits, option
 from ddim_jax.samplers import encode, sample
 from ddim_jax.types import Timesteps
 
@@ -47,7 +47,7 @@ class ReconstructConfig(SpacingOptions, RealImageOptions, ModelOptions):
     """One list of time indices of your own, descending, in place of `steps`."""
     fixed_point_iterations: int | None = option(None, at_least=1)
     """Also encode each step implicitly, with so many network calls, and compare at equal calls."""
-    batch_size: int = option(250, at_least=1)
+    batch_size: int = option(250, at_least=1, below=MAX_BATCH)
     """Images encoded at once."""
 
 

@@ -39,7 +39,7 @@ class SameLatentConfig(DrawOptions, SpacingOptions, ModelOptions):
     """Where same_latent.png and results.json go."""
     steps: tuple[int, ...] = (5, 10, 20, 50, 100, 200, 500, 1000)
     """Numbers of steps S; distances are to the images of the largest."""
-    num_images: int = option(16, at_least=1)
+    num_images: int = option(16, at_least=1, below=10_001)
     """Latents x_T behind each number."""
     variance: Variance = "fixed_small"
     """DDPM's: fixed_small is eta = 1, fixed_large its larger one."""

@@ -37,7 +37,7 @@ from ddim_jax.metrics.classifier import (
 )
 from ddim_jax.metrics.features import CLASSIFIER_FILE
 from ddim_jax.paths import DataName, Folder
-from ddim_jax.runs.options import MAX_SIDE, check_limits, option
+from ddim_jax.runs.options import MAX_BATCH, MAX_SIDE, check_limits, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class ClassifierConfig:
     """Channels at full size; the features are four times as many."""
     num_steps: int = option(5000, at_least=1)
     """Updates."""
-    batch_size: int = option(128, at_least=1)
+    batch_size: int = option(128, at_least=1, below=MAX_BATCH)
     """Images in an update."""
     learning_rate: float = option(2e-3, above=0, below=float("inf"))
     """Adam's rate at the start; a cosine takes it to 0."""

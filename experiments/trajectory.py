@@ -35,9 +35,9 @@ class TrajectoryConfig(DrawOptions, SamplerOptions, StepsOptions, ModelOptions):
 
     out: Folder = "out/trajectory"
     """Where trajectory.png and trajectory.gif go."""
-    num_images: int = option(9, at_least=1)
+    num_images: int = option(9, at_least=1, below=10_001)
     """Images in the animation; the strips show the first three."""
-    num_columns: int = option(11, at_least=2)
+    num_columns: int = option(11, at_least=2, below=10_001)
     """States on a strip, both ends included."""
     frame_ms: int = option(80, at_least=1)
     """Time of each frame of the animation."""

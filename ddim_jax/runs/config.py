@@ -11,7 +11,7 @@ from ddim_jax.data.load import CropName
 from ddim_jax.numerics import Precision, check_precision
 from ddim_jax.objectives import DENOISING, OBJECTIVES, Objective
 from ddim_jax.paths import DataName, File, Folder
-from ddim_jax.runs.options import MAX_SIDE, check_limits, option
+from ddim_jax.runs.options import MAX_BATCH, MAX_SIDE, check_limits, option
 from ddim_jax.runs.spec import (
     CIFAR10_MODEL,
     LINEAR,
@@ -59,7 +59,7 @@ class TrainConfig:
 
     max_steps: int = option(800_000, at_least=1, may_change=True)
     """Updates in all."""
-    batch_size: int = option(128, at_least=1)
+    batch_size: int = option(128, at_least=1, below=MAX_BATCH)
     """Global batch; must be divisible by the number of devices."""
     num_microbatches: int = option(1, at_least=1, may_change=True)
     """Take each device's batch in this many parts, to save memory."""

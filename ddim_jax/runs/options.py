@@ -14,6 +14,8 @@ from ddim_jax.paths import PathOption, expanded, local_path
 
 Config = TypeVar("Config")
 
+MAX_BATCH = 2**20 + 1
+"""A batch is below it: memory for more is not asked for."""
 MAX_SIDE = 8193
 """An image's side is below it: beyond, one image alone takes the memory of a machine."""
 
@@ -50,6 +52,9 @@ def _broken_rules(value: Any, limits: Any) -> Iterator[str]:
     """All rules, if one is broken, in words. Asked so that a NaN breaks each."""
     least, above, below = (limits.get(name) for name in ("at_least", "above", "below"))
     if value is None:
+        return
+    if below is None and isinstance(value, int) and value >= 2**31:
+        yield f"below {2**31}"
         return
     kept = (
         (least is None or value >= least)

@@ -15,7 +15,7 @@ from ddim_jax.data.load import CropName
 from ddim_jax.numerics import Precision
 from ddim_jax.paths import DataName, Folder
 from ddim_jax.runs import Run, Weights, load_trained
-from ddim_jax.runs.options import MAX_SIDE, option
+from ddim_jax.runs.options import MAX_BATCH, MAX_SIDE, option
 from ddim_jax.schedule import Spacing
 from ddim_jax.solvers import SAMPLERS
 
@@ -76,7 +76,7 @@ class DrawOptions:
 
     seed: int = option(0, at_least=0, below=NUM_SEEDS)
     """Image i depends on (seed, i) alone."""
-    batch_size: int = option(256, at_least=1)
+    batch_size: int = option(256, at_least=1, below=MAX_BATCH)
     """Images at once."""
 
 
