@@ -48,7 +48,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.replace(new, path)
     except OSError as error:
         new.unlink(missing_ok=True)
-        if error.filename is not None and error.filename != str(new):
+        if error.errno is None or error.filename not in (None, str(new)):
             raise  # of another file, or said already
         raise type(error)(error.errno, error.strerror, str(path)) from error
     except BaseException:

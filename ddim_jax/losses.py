@@ -13,14 +13,15 @@ from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ddim_jax.checks import (
     check_callable,
     check_count,
     check_floating,
-    check_number,
     check_one_of,
+    check_real,
     check_schedule,
     look_up,
 )
@@ -109,8 +110,8 @@ def min_snr(predicts: str = "eps", gamma: float = 5.0) -> Weight:
     gamma <= 0, and for a prediction whose error is no multiple of x0's.
     Source: Hang et al. 2023 (arXiv:2303.09556), section 3.4.
     """
-    check_number("gamma", gamma)
-    if not gamma > 0:
+    check_real("gamma", gamma)
+    if np.ndim(gamma) != 0 or not gamma > 0:
         raise ValueError(f"gamma must be above 0; got {gamma}.")
     check_one_of("predicts", predicts, ("eps", "v", "x0"))
 

@@ -249,7 +249,8 @@ def _check_tells_data(
     t = np.asarray(timesteps)[0]
     if np.asarray(table)[t] > 0:
         return
-    if not isinstance(jax.eval_shape(lambda x: checked_answer(eps_fn, x, t), x), Prediction):
+    answer = jax.eval_shape(lambda x, t: checked_answer(eps_fn, x, t), x, t)
+    if not isinstance(answer, Prediction):
         raise ValueError(
             f"eps_fn must tell the data too where alpha_bar is 0, as at the first time, {t}; it "
             "returns noise alone, which says nothing of the data there. Wrap a network of v or x0 "

@@ -82,7 +82,10 @@ BAD = {
         lambda: dj.sample(KEY, eps_fn, RISING, X, STEPS),
         r"schedule must be.*ndarray.*Schedule\(table\)",
     ),
-    "exchanged": (lambda: dj.sample(KEY, SCHEDULE, eps_fn, X, STEPS), "schedule must be.*function"),
+    "exchanged": (
+        lambda: dj.sample(KEY, SCHEDULE, eps_fn, X, STEPS),
+        "eps_fn must be a function of .*; got Schedule",
+    ),
     "encoding with T": (lambda: dj.encode(eps_fn, 1000, X, STEPS), "schedule must be.*got int"),
     "encoding exactly with T": (
         lambda: dj.encode_fixed_point(eps_fn, 1000, X, STEPS),

@@ -165,10 +165,10 @@ def test_bad_input_is_refused_by_name():
     for interpolate in (dj.slerp, dj.lerp):
         with refused(r"b must have the data's shape \(8, 8, 3\); got \(3,\)"):
             interpolate(A, B[0, 0], 0.5)
-    with refused("num_points must be at least 2, to include both ends; got 1"):
+    with refused("num_points must be at least 2; got 1"):
         dj.interpolation_line(A, B, 1)
     corners = jnp.stack([A, B, A, B])
-    with refused("corners must hold 4 latents; got leading axis 3"):
+    with refused("corners must hold 4 latents; got shape \(3"):
         dj.interpolation_grid(corners[:3], 2, 2)
     with refused("num_rows must be at least 2"):
         dj.interpolation_grid(corners, 1, 2)

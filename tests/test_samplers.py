@@ -623,7 +623,7 @@ def test_eta_below_zero_is_refused_when_the_sampler_is_built():
 def test_other_bad_arguments_are_refused_when_the_sampler_is_built():
     with refused("variance must be one of .*fixed_small.*fixed_large.*; got 'fixed'"):
         dj.ddpm("fixed")
-    with refused(r"is_sigma_hat must be one flag; got shape \(2,\)"):
+    with refused(r"is_sigma_hat must be one flag, true or false; got Array"):
         dj.ddim_or_sigma_hat(0.0, jnp.array([True, False]))
 
 
@@ -653,7 +653,7 @@ def test_a_network_of_another_shape_is_refused():
         for sampler in (DDIM, SIGMA_HAT, DDPM):
             with refused(r"eps_fn must return an array of x's shape \(2, 16, 16, 3\); got"):
                 sample(network=network, sampler=sampler)
-        with refused(r"eps must have the data's shape \(2, 16, 16, 3\); got"):
+        with refused(r"eps_fn must return an array of x.s shape \(2, 16, 16, 3\); got"):
             sample(network=dj.clip_x0_keep_eps(network, SCHEDULE))
         with refused("eps_fn must return an array of x's shape"):
             dj.encode(network, SCHEDULE, X_T, [5, 0])

@@ -23,7 +23,8 @@ MAX_PIXELS = 2**26
 @contextlib.contextmanager
 def opened(file: str | io.BytesIO, name: str) -> Iterator[PIL.Image.Image]:
     """The image in a file; what fails in the block too is a ValueError, which calls it `name`."""
-    if isinstance(file, str) and not os.path.isfile(file):  # a pipe would be waited for
+    # A pipe would be waited for.
+    if isinstance(file, str) and os.path.exists(file) and not os.path.isfile(file):
         raise ValueError(f"{name} is no file that could hold an image. Remove it.")
     try:
         with PIL.Image.open(file) as image:
