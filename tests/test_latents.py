@@ -168,7 +168,7 @@ def test_bad_input_is_refused_by_name():
     with refused("num_points must be at least 2; got 1"):
         dj.interpolation_line(A, B, 1)
     corners = jnp.stack([A, B, A, B])
-    with refused("corners must hold 4 latents; got shape \(3"):
+    with refused(r"corners must hold 4 latents; got shape \(3"):
         dj.interpolation_grid(corners[:3], 2, 2)
     with refused("num_rows must be at least 2"):
         dj.interpolation_grid(corners, 1, 2)
