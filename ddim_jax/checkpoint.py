@@ -70,6 +70,15 @@ class Checkpointer:
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:  # made late: reading must not make the folder
+        try:
+            return self._new_manager()
+        except RecursionError as error:  # it reads the metadata of all
+            raise DamagedCheckpointError(
+                f"a _CHECKPOINT_METADATA in {self.directory} is damaged: it is nested too deeply. "
+                "Move its checkpoint away."
+            ) from error
+
+    def _new_manager(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
             self.directory,
             item_handlers=ocp.PyTreeCheckpointHandler(),
