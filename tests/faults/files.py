@@ -197,7 +197,7 @@ KINDS: dict[str, Kind] = {
     "samples.json": Kind(_write_samples, _read_samples, True),
     "any JSON": Kind(
         lambda folder: (write_json(folder / "a.json", {"a": [1]}), folder / "a.json")[1],
-        read_json, True,
+        read_json, False,
     ),
     "a checkpoint": Kind(_write_checkpoint, _read_checkpoint, True),
     **{
