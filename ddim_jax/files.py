@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import secrets
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
@@ -265,9 +266,25 @@ def _differences(
             yield f"{name} is {old!r} there and {new!r} now"
 
 
+def clear_leftovers(*folders: pathlib.Path) -> None:
+    """Delete what a kill left of files that `written_whole` was writing into these folders.
+
+    Whoever calls this holds them (`only_one_process`).
+    """
+    for path in (path for folder in folders for path in folder.glob("*.new")):
+        if _LEFT_BY_A_KILL.search(path.name):
+            path.unlink()
+
+
+_LEFT_BY_A_KILL = re.compile(r"\.[0-9a-f]{8}\.new$")
+
+
 @contextlib.contextmanager
 def only_one_process(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the folder; ValueError if another process does. A killed process lets go of it."""
+    """Hold the folder; ValueError if another process does. A killed process lets go of it.
+
+    What a kill left of files in it, and in its folder of samples, is deleted.
+    """
     folder = local_path(folder, "folder", "folder")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
@@ -278,4 +295,5 @@ def only_one_process(folder: str | os.PathLike[str]) -> Iterator[None]:
                 f"{folder} is in use by another process of this command; wait for it, or give "
                 "another folder."
             ) from error
+        clear_leftovers(folder, folder / "samples")
         yield

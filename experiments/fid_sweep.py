@@ -47,7 +47,7 @@ from common.sweep_table import PaperTable
 from common.sweep_time import Clock, process_seconds
 
 from ddim_jax.checks import NUM_SEEDS
-from ddim_jax.files import only_one_process
+from ddim_jax.files import clear_leftovers, only_one_process
 from ddim_jax.paths import File, Folder
 from ddim_jax.runs.options import MAX_BATCH, check_limits, option
 from ddim_jax.runs.stop import stop_signals
@@ -160,6 +160,7 @@ def main(config: SweepConfig, started: float | None = None) -> None:
     )
     with only_one_process(sweep.out), stop_signals("finishing this batch and keeping it") as stop:
         clock.stop = stop
+        clear_leftovers(*(sweep.out / "images").glob("*"))
         _measure_missing(sweep, config)
         write_report(sweep.out, config.paper)
     print(f"{clock.seconds():.0f} s in this call; see {sweep.out / 'report.html'}")

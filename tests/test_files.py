@@ -392,3 +392,14 @@ def test_an_error_inside_lets_go(tmp_path):
         raise KeyError("inside")
     with only_one_process(tmp_path):
         pass
+
+
+def test_what_a_kill_left_is_deleted_by_the_next_who_holds_the_folder(tmp_path):
+    (tmp_path / "samples").mkdir()
+    left = [tmp_path / "a.json.0123abcd.new", tmp_path / "samples" / "b.png.ffffffff.new"]
+    kept = [tmp_path / "a.json", tmp_path / "mine.new", tmp_path / "samples" / "b.png"]
+    for path in left + kept:
+        path.touch()
+    with only_one_process(tmp_path):
+        pass
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in left)

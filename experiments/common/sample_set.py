@@ -27,7 +27,7 @@ from ddim_jax.checks import check_types
 from ddim_jax.data.folder import FolderSource
 from ddim_jax.data.load import load_images
 from ddim_jax.data.source import ImageSource, decoding_threads
-from ddim_jax.files import differences, read_json, write_json, written_whole
+from ddim_jax.files import clear_leftovers, differences, read_json, write_json, written_whole
 from ddim_jax.paths import local_path
 from ddim_jax.runs import weights_called
 
@@ -35,8 +35,6 @@ FORMAT = 1
 RECORD = "samples.json"
 NOT_COMPARED = frozenset({"format", "num_images", "complete", "batch_size", "fingerprint_id"})
 """Neither decides an image: in other batches an image is the same up to rounding."""
-
-_LEFT_BY_A_KILL = re.compile(r"\.[0-9a-f]{8}\.new$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +143,7 @@ def open_to_draw(
     settings = json.loads(json.dumps(settings))  # as it will be read: lists for tuples
     asked = {"num_images": num_images, "digits": digits, "complete": False}
     wanted = SampleSet(record, images, {"format": FORMAT, **settings, **asked})
-    for path in [*record.parent.glob(f"{RECORD}.*"), *images.glob("*.png.*")]:
-        if _LEFT_BY_A_KILL.search(path.name):
-            path.unlink()
+    clear_leftovers(record.parent, images)
     if files := _files(images, record):
         there = _read(record, images)
         if there is None:
