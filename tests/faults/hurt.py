@@ -219,7 +219,7 @@ def _wait(process, seconds: float) -> None:
 
 
 MOMENTS = {
-    "train": (when_random, when_saving, when_random, when_early),
+    "train": (when_random, when_saving, when_saving, when_early),
     "sweep": (when_random, when_a_line_is_new, when_random, when_early),
     "sample": (when_random,),
     "statistics": (when_random,),
