@@ -289,8 +289,8 @@ def signal_often(
         _wait(process, rng.uniform(0.3, 1) * seconds)
         process.send_signal(number)
         said, errors = process.communicate(timeout=60)
-        # 128 + its number before there was anything to save.
-        if process.returncode not in (0, 128 + number) or "Traceback" in errors:
+        # 128 + its number, or killed by it, before there was anything to save.
+        if process.returncode not in (0, 128 + number, -number) or "Traceback" in errors:
             figures.wrong.append(f"{number.name}: exit code {process.returncode}, {errors[-500:]}")
         if process.returncode == 0 and "call again" not in said + errors:
             figures.too_late += 1
