@@ -244,7 +244,7 @@ def _measure_missing(sweep: Sweep, config: SweepConfig) -> None:
     missing.sort(key=lambda c: (name(c) not in kept, batch_size is None and c.guidance_scale == 1))
     drawn = load_progress(out, name(missing[0]), drawer.measures).count
     start = drawn if drawn < config.num_samples else 0
-    costs, batch_size = fitting_costs(sweep, missing[0], start, batch_size)
+    costs, batch_size = fitting_costs(sweep, missing, start, batch_size)
     settings["batch_size"] = batch_size
     write_settings(out, settings)
     print_estimate(sweep, missing, costs, batch_size, max(drawn, start + batch_size) // batch_size)

@@ -161,6 +161,36 @@ def test_a_stop_counts_the_batch_that_is_drawn_already(tmp_path, monkeypatch, ma
     assert machine.now + 3.0 <= max_seconds
 
 
+@pytest.mark.parametrize("num_steps", [1, 3, 10, 40])
+@pytest.mark.parametrize("call", [0.03, 4.0])
+def test_a_batchs_costs_are_those_of_the_machine_whatever_s_is_measured(
+    tmp_path, monkeypatch, num_steps, call
+):
+    """A machine where a program's first run takes 0.15 s more, and each 1.5 calls beside its own."""
+    machine, ran = Time(monkeypatch), set()
+
+    def draw(drawer, cell, batches, is_shown):
+        for indices in batches:
+            machine.now += call * (cell.num_steps + 1.5) + 0.15 * (program_key(cell) not in ran)
+            machine.batches += 1
+            ran.add(program_key(cell))
+            yield Batch(None, np.ones(len(indices), bool), {})
+
+    monkeypatch.setattr(Drawer, "draw", draw)
+    monkeypatch.setattr(sweep_time, "image_programs", lambda spec, cells: {})
+    schedule = types.SimpleNamespace(num_steps=1000)
+    spec = types.SimpleNamespace(schedule=schedule, image_shape=(8, 8, 1))
+    drawer = Drawer(types.SimpleNamespace(spec=spec), [], {})  # pyright: ignore
+    cell = Cell(num_steps, "ddim", 0.0, 1.0, "uniform")
+    many = Cell(1000, "ddim", 0.0, 1.0, "uniform")
+    found = sweep_time.measured_costs(drawer, [cell, many], np.arange(10), 50)
+    assert found.compiling == pytest.approx(3.0)
+    assert found.batch(cell) == pytest.approx(call * (num_steps + 1.5), rel=0.05)
+    by_few = num_steps < 10 and call < 1
+    assert found.batch(many) == pytest.approx(call * 1001.5, rel=0.01 if by_few else 2 / num_steps)
+    assert machine.batches == (1 if call > 1 else 4 if by_few else 2), "what is long is drawn once"
+
+
 def test_the_clock_of_a_call_begins_with_its_process():
     code = "import time; time.sleep(0.6); from common.sweep_time import process_seconds as s; "
     started = time.monotonic()

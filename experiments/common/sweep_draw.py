@@ -74,6 +74,13 @@ class Drawer:
         self.ahead[cell, int(indices[0])] = batch, time.monotonic() - started
         return batch
 
+    def seconds(self, cell: Cell, indices: np.ndarray) -> float:
+        """What it takes to draw the batch, which nobody gets."""
+        dry = dataclasses.replace(self, ahead={})
+        started = time.monotonic()
+        list(dry.draw(cell, [indices], lambda indices: True))
+        return time.monotonic() - started
+
     def seconds_ahead(self, cell: Cell, index: int) -> float:
         """What the batch that begins there took, if it is drawn already; else 0."""
         return self.ahead[cell, index][1] if (cell, index) in self.ahead else 0.0

@@ -45,14 +45,14 @@ class Sweep(NamedTuple):
 
 
 def fitting_costs(
-    sweep: Sweep, cell: Cell, start: int, batch_size: int | None
+    sweep: Sweep, missing: list[Cell], start: int, batch_size: int | None
 ) -> tuple[Costs, int]:
-    """What the parts cost by the cell's batch from `start`, and a batch size at which the devices'
+    """What the parts cost by the first cell's batch from `start`, and a batch size at which the devices'
     memory suffices if none is given."""
     devices = jax.local_device_count()
 
     def costs(size: int) -> Costs:
-        return measured_costs(sweep.drawer, cell, start + np.arange(size), sweep.num_samples)
+        return measured_costs(sweep.drawer, missing, start + np.arange(size), sweep.num_samples)
 
     if batch_size is not None:
         return costs(batch_size), batch_size

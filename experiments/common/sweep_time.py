@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from common.measures import Measure
-from common.sweep_draw import Drawer, ProgramKey, program_key
+from common.sweep_draw import Drawer, ProgramKey, image_programs, program_key
 from common.sweep_store import Cell
 from ddim_jax.runs.stop import Stop
 
 REPORT_SECONDS = 2.0
 """Of a report, until one was made."""
+SHORT = 2.0
+"""Seconds of a piece of work that is measured twice, since its first run may take that much more."""
+FEW = 10
+"""Network calls that tell what one takes; where there are fewer, the rest of a batch counts."""
 
 
 @dataclasses.dataclass
@@ -60,20 +64,27 @@ class Costs:
         return sum(map(self.program, programs.values())) + together + self.report
 
 
-def measured_costs(drawer: Drawer, cell: Cell, indices: np.ndarray, num_samples: int) -> Costs:
-    """Costs by the cell's batch of these indices, which the drawer keeps, and its program."""
+def measured_costs(
+    drawer: Drawer, cells: Sequence[Cell], indices: np.ndarray, num_samples: int
+) -> Costs:
+    """Costs by the first cell's batch of these indices, which the drawer keeps, and its program."""
+    cell, num_calls = cells[0], cells[0].network_calls()
     compiling = drawer.compile(cell, len(indices))
     features = _feature_seconds(drawer, len(indices))  # and their programs are compiled
     batch = drawer.draw_ahead(cell, indices)
-    drawing = drawer.seconds_ahead(cell, int(indices[0]))
+    first = drawer.seconds_ahead(cell, int(indices[0]))
+    drawing = first if first > SHORT else min(first, drawer.seconds(cell, indices))
+    call = max(drawing - features, 0.0) / num_calls
+    if drawing <= SHORT and num_calls < FEW < max(map(Cell.network_calls, cells)):
+        call = min(call, _call_seconds(drawer, indices, num_calls, drawing - features))
     started = time.monotonic()
     for measure in drawer.measures:
         measure.update(measure.init(), batch.features[measure.name], indices)
     updating = time.monotonic() - started
     return Costs(
-        compiling=compiling * cell.num_steps / cell.network_calls(),
-        call=max(drawing - features, 0.0) / cell.network_calls(),
-        rest=features + updating,
+        compiling=compiling * cell.num_steps / num_calls,
+        call=call,
+        rest=max(drawing - call * num_calls, features) + updating,
         numbers=sum(
             _number_seconds(measure, batch.features[measure.name], num_samples)
             for measure in drawer.measures
@@ -81,16 +92,35 @@ def measured_costs(drawer: Drawer, cell: Cell, indices: np.ndarray, num_samples:
     )
 
 
+def _call_seconds(drawer: Drawer, indices: np.ndarray, num_calls: int, seconds: float) -> float:
+    """One network call of a batch, whose `num_calls` take these seconds, by `FEW` calls more.
+
+    Noise and dispatch take as long as one or two.
+    """
+    spec = drawer.run.spec
+    cell = Cell(min(num_calls + FEW, spec.schedule.num_steps), "ddim", 0.0, 1.0, "trailing")
+    bare = Drawer(drawer.run, (), image_programs(spec, [cell]))
+    bare.compile(cell, len(indices))
+    bare.seconds(cell, indices)  # a program's first run takes longer
+    more = max(cell.num_steps - num_calls, 1)
+    return max(bare.seconds(cell, indices) - seconds, 0.0) / more
+
+
 def _feature_seconds(drawer: Drawer, batch_size: int) -> float:
     images = np.zeros((batch_size, *drawer.run.spec.image_shape), np.uint8)
-    seconds = 0.0
+
+    def run(measure: Measure) -> None:
+        jax.block_until_ready(measure.program(measure.network.params, images))
+
     for measure in drawer.measures:
-        for _ in range(2):  # the second is of a program that is compiled
-            started = time.monotonic()
-            jax.block_until_ready(measure.program(measure.network.params, images))
-            last = time.monotonic() - started
-        seconds += last
-    return seconds
+        run(measure)  # compiles
+    return sum(_seconds(lambda m=measure: run(m)) for measure in drawer.measures)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
 
 
 def _number_seconds(measure: Measure, features: Mapping[str, Any], num_samples: int) -> float:
@@ -108,9 +138,10 @@ def _number_seconds(measure: Measure, features: Mapping[str, Any], num_samples: 
     }
     states = measure.update(states, many, np.arange(size))
     measure.prepare()
-    started = time.monotonic()
-    measure.values(states)
-    return time.monotonic() - started
+    first = _seconds(lambda: measure.values(states))
+    if first > SHORT:
+        return first
+    return min(first, _seconds(lambda: measure.values(states)))  # some programs were compiled
 
 
 def _keeps(metric: Any) -> bool:
