@@ -331,14 +331,20 @@ def ddim_timesteps(
     if not isinstance(spacing, str) or spacing not in get_args(Spacing):
         raise ValueError(f"spacing must be one of {get_args(Spacing)}; got {spacing!r}.")
     timesteps = _ascending(num_steps, num_sample_steps, spacing).astype(np.int32)[::-1].copy()
+    warn_of_low_start(
+        timesteps, num_steps, f"spacing={spacing!r} with {num_sample_steps} of {num_steps} steps"
+    )
+    return timesteps
+
+
+def warn_of_low_start(timesteps: np.ndarray, num_steps: int, what: str) -> None:
+    """Warn where the first of the times, which are called `what`, is below 0.7 T."""
     if timesteps[0] < NOISY_SHARE * num_steps:
         warnings.warn(
-            f"spacing={spacing!r} with {num_sample_steps} of {num_steps} steps starts at t = "
-            f"{timesteps[0]}, where images are not noise yet: samples drawn from noise come out "
-            f'pale. spacing="trailing" starts at {num_steps - 1}.',
-            stacklevel=2,
+            f"{what} starts at t = {timesteps[0]}, where images are not noise yet: samples drawn "
+            f'from noise come out pale. spacing="trailing" starts at {num_steps - 1}.',
+            stacklevel=3,
         )
-    return timesteps
 
 
 def _ascending(num_steps: int, num_sample_steps: int, spacing: Spacing) -> np.ndarray:

@@ -194,7 +194,7 @@ def _rows(config: SweepConfig) -> list[tuple[str, float | None]]:
 
 def _grids(config: SweepConfig, own: Spacing) -> list[tuple[int, str]]:
     """S and spacing, or own list, of each column's rows; `own` is the model's spacing."""
-    lists = [times.list_from(text) for text in config.timesteps]
+    lists = times.lists_from(config.timesteps)
     if lists:
         check_different("timesteps", lists)
     spacings = config.spacings or (config.spacing or own,)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from common import cli, pictures
-from common.options import DrawOptions, ModelOptions, SamplerOptions, StepsOptions
+from common.options import DrawOptions, ModelOptions, SamplerOptions, SpacingOptions
 from common.progress import Progress
 from common.sample_set import RECORD, SampleSet, open_to_draw, rule_of
 from common.times import shown, spelt, timesteps_of
@@ -37,10 +37,12 @@ from ddim_jax.solvers import named_sampler, takes_eta
 
 GRID_IMAGES = 256
 """So many of the images are in grid.png."""
+NUM_STEPS = 50
+"""S, where nothing says it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig(DrawOptions, SamplerOptions, StepsOptions, ModelOptions):
+class SampleConfig(DrawOptions, SamplerOptions, SpacingOptions, ModelOptions):
     """Images from one model with one setting of the sampler."""
 
     out: Folder
@@ -54,6 +56,8 @@ class SampleConfig(DrawOptions, SamplerOptions, StepsOptions, ModelOptions):
     """Draw this class only; a network with K classes draws i % K if not given."""
     guidance_scale: float = 1.0
     """Classifier-free guidance: above 1 sharpens the classes, at two network evaluations a step."""
+    num_sample_steps: int | None = option(None, at_least=1)
+    """S, the number of steps: one network evaluation each, but two for heun; 50 if not given."""
     timesteps: tuple[int, ...] = ()
     """The time indices themselves, from noise to data, in place of S and a sub-sequence."""
     save_npz: bool = False
@@ -106,11 +110,12 @@ def main(config: SampleConfig) -> None:
 def _grid(config: SampleConfig, run: Run) -> tuple[int, str]:
     """S, and the sub-sequence or own list. Raises ValueError where both are given."""
     if not config.timesteps:
-        return config.num_sample_steps, config.spacing or run.spec.spacing
-    if config.spacing is not None:
-        raise ValueError(
-            f"spacing must be left out beside timesteps, which say all; got {config.spacing}."
-        )
+        return config.num_sample_steps or NUM_STEPS, config.spacing or run.spec.spacing
+    for name in ("spacing", "num_sample_steps"):
+        if (given := getattr(config, name)) is not None:
+            raise ValueError(
+                f"{name} must be left out beside timesteps, which say all; got {given}."
+            )
     return len(config.timesteps), spelt(config.timesteps)
 
 

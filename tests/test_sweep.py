@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from typing import NamedTuple
 
 import edits
@@ -33,7 +34,7 @@ import sample
 import sweep_report
 import train_classifier
 import tyro
-from common import sweep_measure, sweep_store
+from common import sweep_measure, sweep_store, times
 from common.sweep_draw import Drawer, image_programs
 from common.sweep_store import Cell, read_results
 from common.sweep_table import rows_of
@@ -352,6 +353,7 @@ def test_a_sweep_of_other_settings_is_refused_and_left_alone(finished):
         ({"timesteps": ("9 x",)}, "timesteps must be time indices"),
         ({"timesteps": ("9,0", "9 0")}, "timesteps must be one or more different values"),
         ({"timesteps": ("0,9",)}, "timesteps must descend"),
+        ({"timesteps": ("9", "5", "0")}, "For one list of 3 steps give 9,5,0"),
         ({"seeds": (-1,)}, r"seeds must be in \[0, 4294967295\]; got -1"),
     ],
 )
@@ -495,8 +497,20 @@ def test_an_own_list_is_a_row_with_the_number_of_the_images_that_sample_py_draws
     (uniform,) = (x for x in lines(out) if x["spacing"] == "uniform" and x["eta"] == 0)
     printed = fid_py(tmp_path / "n" / "images", stats, capsys, "frechet")
     assert uniform["values"] == pytest.approx(printed, rel=1e-3)
-    with pytest.raises(ValueError, match="spacing must be left out beside timesteps"):
-        draw(mine, tmp_path / "b", timesteps=(999,), spacing="uniform")
+    for more in ({"spacing": "uniform"}, {"num_sample_steps": 7}, {"num_sample_steps": 50}):
+        (name,) = more
+        with pytest.raises(ValueError, match=f"{name} must be left out beside timesteps"):
+            draw(mine, tmp_path / "b", timesteps=(999,), **more)
+
+
+def test_an_own_list_that_starts_where_there_is_little_noise_is_warned_of(finished):
+    """As a named one is, whose S = 3 is this list of 0.67 T."""
+    spec = load_trained(finished.workdir).spec
+    with pytest.warns(UserWarning, match=r"list of times t = 666, 333, 0 starts at t = 666"):
+        times.timesteps_of(spec, 3, "666 333 0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        times.timesteps_of(spec, 2, "700 0")
 
 
 def test_a_sweep_of_a_model_that_trained_on_says_how_to_go_on(finished, tmp_path):
@@ -583,9 +597,8 @@ def draw(config, out, **options) -> None:
             workdir=config.workdir,
             out=str(out),
             num_images=21,
-            num_sample_steps=3,
             batch_size=12,
-            **options,
+            **({} if "timesteps" in options else {"num_sample_steps": 3}) | options,
         )
     )
 

@@ -74,6 +74,9 @@ LINE = {
     "batch_size": 12,
     "kept_features": 10_000,
     "rounding": "nearest",
+    "clip_x0": False,
+    "dtype": "float32",
+    "matmul_precision": "default",
     "weights": {"kind": "ema", "step": 6, "hash": "0011223344556677"},
     "fingerprint_id": "a1b2c3d4e5f6",
     "measures": {"fd_pixels": FD},
@@ -108,12 +111,13 @@ def written(out: pathlib.Path, lines: list[dict], paper=None) -> pathlib.Path:
 @pytest.mark.parametrize(
     "paper, key, want",
     [
-        ("cifar10", (100, 0.0), 4.16),
-        ("celeba64", (1000, "sigma_hat"), 3.26),
-        ("bedroom", (10, 1.0), 42.78),
-        ("church", (50, 0.0), 10.84),
-        ("bedroom", (1000, 1.0), 6.36),
-        ("church", (1000, 1.0), 7.89),
+        ("cifar10", (100, 0.0, "quadratic"), 4.16),
+        ("celeba64", (1000, "sigma_hat", "uniform"), 3.26),
+        ("cifar10", (1000, 0.0, "trailing"), 4.04),
+        ("bedroom", (10, 1.0, "uniform"), 42.78),
+        ("church", (50, 0.0, "uniform"), 10.84),
+        ("bedroom", (1000, 1.0, "uniform"), 6.36),
+        ("church", (1000, 1.0, "linspace"), 7.89),
     ],
 )
 def test_the_papers_numbers_are_found(paper, key, want):
@@ -122,9 +126,11 @@ def test_the_papers_numbers_are_found(paper, key, want):
 
 def test_the_presets_are_the_papers_protocol():
     for name, (_, preset) in fid_sweep.TABLES.items():
-        wanted = {(s, eta) for s in preset.steps for eta in preset.etas}
-        more = {(1000, 0.0)} if name.startswith("table3") else set()  # the paper has no DDIM there
-        assert wanted == paper_values(preset.paper).keys() | more, name
+        wanted = {(s, eta, preset.spacing) for s in preset.steps for eta in preset.etas}
+        # The paper has no DDIM there.
+        more = {(1000, 0.0, "uniform")} if name.startswith("table3") else set()
+        theirs = {key for key in paper_values(preset.paper) if key[2] == preset.spacing}
+        assert wanted == theirs | more, name
         assert preset.num_samples == 50_000
         assert preset.spacing == ("quadratic" if name == "table1-cifar10" else "uniform")
 
@@ -134,15 +140,16 @@ def report(tmp_path_factory) -> pathlib.Path:
     """The report of a whole Table 1."""
     lines = [
         line(_cell(s, eta), {"fd_pixels": value + 1})
-        for (s, eta), value in paper_values("cifar10").items()
+        for (s, eta, spacing), value in paper_values("cifar10").items()
+        if spacing == "quadratic"
     ]
     return written(tmp_path_factory.mktemp("report"), lines, "cifar10")
 
 
 def _cell(num_steps: int, eta: float | str) -> Cell:
     if isinstance(eta, str):
-        return Cell(num_steps, eta, None, 1.0, "uniform")
-    return Cell(num_steps, "ddim", eta, 1.0, "uniform")
+        return Cell(num_steps, eta, None, 1.0, "quadratic")
+    return Cell(num_steps, "ddim", eta, 1.0, "quadratic")
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +163,7 @@ def wide(tmp_path_factory) -> pathlib.Path:
     }
     lines = []
     for s in (10, 20, 50):
-        for spacing in ("uniform", "trailing"):
+        for spacing in ("quadratic", "trailing"):
             for scale in (1.0, 3.0):
                 for sampler, eta in (("ddim", 0.0), ("ddim", 1.0), ("heun", None)):
                     cell = Cell(s, sampler, eta, scale, spacing)
@@ -189,6 +196,22 @@ def test_the_papers_dotted_lines_are_named_where_they_are_drawn(report, tmp_path
     assert dotted not in (written(tmp_path, lines) / "report.html").read_text()
 
 
+def test_numbers_say_in_what_the_papers_are_otherwise(tmp_path):
+    """The paper has no number of a cell of another sub-sequence, and did not clip."""
+    cell = Cell(10, "ddim", 0.0, 1.0, "uniform")
+    other = line(cell, {"fid": 2.0}, measures={"fid": FD | {"title": "FID"}})
+    text = (written(tmp_path / "other", [other], "cifar10") / "report.md").read_text()
+    assert "| DDIM, eta = 0 | 2 |" in text and "In brackets" not in text
+    assert "No cell is one of the paper's, which are of the quadratic sub-sequence" in text
+    own = line(_cell(10, 0.0), {"fid": 2.0}, measures={"fid": FD | {"title": "FID"}})
+    clipped = own | {"clip_x0": True, "dtype": "bfloat16", "matmul_precision": "highest"}
+    text = (written(tmp_path / "clipped", [clipped], "cifar10") / "report.md").read_text()
+    assert "In brackets: the FID the paper reports, of the quadratic sub-sequence" in text
+    assert "The paper clipped no x0_hat in its rows of eta; here it was clipped." in text
+    assert "The paper computed in float32; these are of bfloat16." in text
+    assert "x0 clipped, computed in bfloat16, matrix products of precision highest," in text
+
+
 def test_converted_weights_are_of_no_step(tmp_path):
     weights = LINE["weights"] | {"step": 0}
     out = written(tmp_path, [line(_cell(10, 0.0), {"fd_pixels": 2.0}, weights=weights)])
@@ -204,15 +227,16 @@ def test_each_row_says_its_method_guidance_and_spacing(wide):
         "| ---",
         *(
             f"| {method}{guidance}, {spacing}"
-            for spacing in ("uniform", "trailing")
+            for spacing in ("quadratic", "trailing")
             for guidance in ("", ", guidance 3")
             for method in ("DDIM, eta = 0", "DDPM, eta = 1", "heun")
         ),
         "| time for one of S calls",
     ]
-    assert "| heun, uniform | 4.85, 19 calls |" in text
-    assert "| DDIM, eta = 0, guidance 3, uniform | 5.35, 20 calls |" in text
-    assert "| DDIM, eta = 0, uniform | 4.85 (13.36) |" in text  # the paper's guide nothing
+    assert "| heun, quadratic | 4.85, 19 calls |" in text
+    assert "| DDIM, eta = 0, guidance 3, quadratic | 5.35, 20 calls |" in text
+    assert "| DDIM, eta = 0, quadratic | 4.85 (13.36) |" in text  # the paper's guide nothing
+    assert "| DDIM, eta = 0, trailing | 5.85 |" in text  # and are of the quadratic sub-sequence
 
 
 def test_titles_directions_and_deviations_are_the_metrics_own(wide):
@@ -223,7 +247,7 @@ def test_titles_directions_and_deviations_are_the_metrics_own(wide):
     assert "| 0.01117 ± 0.0007 |" in kid and "After ±: kid_std_pixels." in kid
     assert "(13.36)" in fd and "(13.36)" not in kid + precision  # theirs are distances
     assert "kid_pixels: 21 images against 1797, 100 subsets of 21, 64 pixels features" in text
-    assert "run a1b2c3d4e5f6" in text and "uniform and trailing sub-sequence" in text
+    assert "run a1b2c3d4e5f6" in text and "quadratic and trailing sub-sequence" in text
     page = (wide / "report.html").read_text()
     for column, choose in (("fd_pixels", min), ("precision_pixels", max)):
         values = [x["values"][column] for x in read_results(wide) if x["S"] == 50]
@@ -247,8 +271,8 @@ def test_the_report_is_written_again_from_its_folder_alone(wide, tmp_path, capsy
 
 def test_seeds_are_pooled_to_mean_and_spread(tmp_path):
     """By hand: 1, 2 and 6 have mean 3 and standard deviation 2.646; the best is by the mean."""
-    cells = [Cell(10, "ddim", 0.0, 1.0, "uniform", seed) for seed in (0, 1, 2)]
-    one = Cell(20, "ddim", 0.0, 1.0, "uniform")
+    cells = [Cell(10, "ddim", 0.0, 1.0, "quadratic", seed) for seed in (0, 1, 2)]
+    one = Cell(20, "ddim", 0.0, 1.0, "quadratic")
     ddpm = [cell._replace(eta=1.0) for cell in cells]
     made = list(zip([*cells, one, *ddpm], (1, 2, 6, 0.5, 3, 3.5, 4), strict=True))
     out = written(tmp_path, [line(cell, {"fd_pixels": float(x)}) for cell, x in made], "cifar10")

@@ -54,7 +54,7 @@ class Time:
             monkeypatch.setattr(module, "time", clock)
         monkeypatch.setattr(Drawer, "compile", lambda *given: self.compile(*given))
         monkeypatch.setattr(Drawer, "draw", lambda *given: self.draw(*given))
-        monkeypatch.setattr(sweep_measure, "describe", str)
+        monkeypatch.setattr(sweep_measure, "describe", lambda line, plain: str(line))
         monkeypatch.setattr(sweep_measure, "append_result", self.append)
 
     def compile(self, drawer, cell, batch_size):
@@ -166,7 +166,7 @@ def test_a_stop_counts_the_batch_that_is_drawn_already(tmp_path, monkeypatch, ma
 def test_a_batchs_costs_are_those_of_the_machine_whatever_s_is_measured(
     tmp_path, monkeypatch, num_steps, call
 ):
-    """A machine where a program's first run takes 0.15 s more, and each 1.5 calls beside its own."""
+    """A machine where a program's first run takes 0.15 s more, and each 1.5 calls beside."""
     machine, ran = Time(monkeypatch), set()
 
     def draw(drawer, cell, batches, is_shown):

@@ -39,8 +39,9 @@ def opened(file: str | io.BytesIO, name: str) -> Iterator[PIL.Image.Image]:
     except Exception as error:
         if isinstance(error, ValueError) and name in str(error):
             raise  # said already
+        why = "it is of no known kind" if "BytesIO object" in str(error) else error
         raise ValueError(
-            f"{name} cannot be read as an image ({error}). Remove it or replace it."
+            f"{name} cannot be read as an image ({why}). Remove it or replace it."
         ) from error
 
 

@@ -49,7 +49,7 @@ class LmdbSource:
 
     def __getitem__(self, index: int) -> Example:  # noqa: D105
         key = self.keys[index]
-        name = f"{key.decode(errors='replace')} of {self.path}"
+        name = _name(key, self.path)
         with opened(io.BytesIO(_value(self.path, key)), name) as image:
             part = image if self.crop is None else self.crop(image, name)
             return make_example(pixels_of(part, self.image_shape), None)
@@ -76,14 +76,21 @@ def lmdb_folder(
     looked_at = [keys[i] for i in np.unique(np.linspace(0, len(keys) - 1, NUM_READ).astype(int))]
     # Of those looked at, as many of all: LSUN has three million.
     values = [_value(path, key) for key in looked_at]
-    lossy = sum(_shows_compression(value, path, size, crop) for value in values)
+    lossy = sum(
+        _shows_compression(value, _name(key, path), size, crop)
+        for key, value in zip(looked_at, values, strict=True)
+    )
     facts = {"lossy_files": round(lossy / len(values) * len(keys))}
     facts |= crop.facts() if crop else {}
     return LmdbSource(path, keys, (size, size, 3), _content(keys, values), facts, crop)
 
 
-def _shows_compression(value: bytes, path: str, side: int, crop: Crop | None) -> bool:
-    with opened(io.BytesIO(value), path) as image:
+def _name(key: bytes, path: str) -> str:
+    return f"{key.decode(errors='replace')} of {path}"
+
+
+def _shows_compression(value: bytes, name: str, side: int, crop: Crop | None) -> bool:
+    with opened(io.BytesIO(value), name) as image:
         return shows_compression(image.format, crop.size if crop else image.size, side)
 
 

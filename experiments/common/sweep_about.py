@@ -80,5 +80,5 @@ def _missing(wanted: Sequence[Sequence[Any]], lines: Lines) -> str:
     steps = sorted({cell.num_steps for cell in missing})
     return (
         f"Not complete: {len(missing)} of {total} cells are missing, of S = "
-        f"{', '.join(map(str, steps))}; the command measures them."
+        f"{', '.join(map(str, steps))}; called again, the commands that asked for them go on."
     )

@@ -47,8 +47,10 @@ class Sweep(NamedTuple):
 def fitting_costs(
     sweep: Sweep, missing: list[Cell], start: int, batch_size: int | None
 ) -> tuple[Costs, int]:
-    """What the parts cost by the first cell's batch from `start`, and a batch size at which the devices'
-    memory suffices if none is given."""
+    """What the parts cost, by the first cell's batch from `start`, and the batch size.
+
+    If none is given it is one at which the devices' memory suffices.
+    """
     devices = jax.local_device_count()
 
     def costs(size: int) -> Costs:
@@ -101,6 +103,8 @@ def measure_cells(
     The numbers of a cell are computed while the next one is drawn. What takes minutes shows a
     report after the first.
     """
+    spacings = {cell.spacing for cell in sweep.cells}
+    plain = spacings.pop() if len(spacings) == 1 else None  # else each line says its own
     with (
         concurrent.futures.ThreadPoolExecutor(1) as worker,
         Bar("fid_sweep.py", _calls(sweep, missing), "network calls") as bar,
@@ -113,7 +117,7 @@ def measure_cells(
             name = cell.name(settings["spacing"], settings["seed"])
             progress = _draw(sweep, cell, name, settings["batch_size"], costs, bar)
             if numbers is not None:
-                bar.say(describe(numbers.result()))
+                bar.say(describe(numbers.result(), plain))
                 numbers = None
                 if i == 1 and _remaining(sweep, missing[i:], costs, settings) > REPORT_EARLY:
                     _time_report(costs, write_report)
@@ -126,7 +130,7 @@ def measure_cells(
         else:
             i = len(missing)
         if numbers is not None:
-            bar.say(describe(numbers.result()))
+            bar.say(describe(numbers.result(), plain))
     if i < len(missing):
         why = sweep.clock.stop.name or "time is up"
         print(f"stopped, {why}; call again for what is missing")

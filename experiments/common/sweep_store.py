@@ -222,6 +222,8 @@ _RESULT = {
     **dict.fromkeys(("guidance_scale", "seconds"), float),
     **dict.fromkeys(("values", "measures", "weights", "versions"), dict),
     **dict.fromkeys(("sampler", "spacing", "name", "rounding", "device"), str),
+    **dict.fromkeys(("dtype", "matmul_precision"), str),
+    "clip_x0": bool,
     "eta": float | None,
     "fingerprint_id": str | None,
 }
@@ -327,6 +329,9 @@ def _line(cell, progress, measures, settings) -> dict[str, Any]:
         "seconds": round(progress.seconds, 3),
         **{key: settings[key] for key in ("num_samples", "batch_size", "kept_features")},
         "rounding": fingerprint["rounding"],
+        "clip_x0": fingerprint.get("clip_x0", False),
+        "dtype": fingerprint.get("model", {}).get("dtype", "float32"),
+        "matmul_precision": fingerprint.get("matmul_precision", "default"),
         "weights": fingerprint["weights"],
         "fingerprint_id": settings["fingerprint_id"],
         "measures": {column: settings["measures"][column] | shown[column] for column in shown},

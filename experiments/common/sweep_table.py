@@ -5,24 +5,32 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from common import times
 from common.exact import exact
 from common.sweep_seeds import Line, Lines, over_seeds, seeds_of
 from ddim_jax.runs import weights_called
+from ddim_jax.schedule import Spacing
 
 PaperTable: TypeAlias = Literal["cifar10", "celeba64", "bedroom", "church"]
-PaperValues: TypeAlias = Mapping[tuple[int, float | str], float]
-"""(S, eta or "sigma_hat") -> the paper's number."""
+PaperValues: TypeAlias = Mapping[tuple[int, float | str, str], float]
+"""(S, eta or "sigma_hat", sub-sequence) -> the paper's number."""
 
 PAPER_TABLES = pathlib.Path(__file__).with_name("paper_tables.json")
+PAPER_SPACINGS: Mapping[PaperTable, Spacing] = {
+    "cifar10": "quadratic", "celeba64": "uniform", "bedroom": "uniform", "church": "uniform"
+}  # fmt: skip
+WHOLE_CHAIN = 1000
 PAPER_COLUMN = "fid"
 """What the paper's numbers are."""
 
 
 def paper_values(paper: PaperTable | None) -> PaperValues:
-    """The paper's FID. Source: Song et al. 2021, Tables 1 and 3."""
+    """The paper's FID, of the sub-sequence that it took for the data (appendix D.2).
+
+    S = 1000 is all of T, whatever the sub-sequence. Source: Song et al. 2021, Tables 1 and 3.
+    """
     if paper is None:
         return {}
     tables = json.loads(PAPER_TABLES.read_text())
@@ -34,8 +42,14 @@ def paper_values(paper: PaperTable | None) -> PaperValues:
         for num_steps, value in zip(table["S"], row, strict=True)
     }
     if (whole_chain := table[paper].get("ddpm_1000")) is not None:
-        values[1000, 1.0] = whole_chain  # DDPM's own, of Table 3's caption; eta = 1 is its variance
-    return values
+        values[WHOLE_CHAIN, 1.0] = (
+            whole_chain  # DDPM's own, of the caption; eta = 1 is its variance
+        )
+    return {
+        (num_steps, eta, spacing): value
+        for (num_steps, eta), value in values.items()
+        for spacing in (get_args(Spacing) if num_steps == WHOLE_CHAIN else [PAPER_SPACINGS[paper]])
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -66,9 +80,9 @@ def row_of(line: Line) -> Row:
 
 def papers_own(theirs: PaperValues, row: Row, num_steps: int) -> float | None:
     """The paper's number of a row and S, where it has one."""
-    if row.guidance_scale != 1 or times.is_list(row.spacing):
+    if row.guidance_scale != 1:
         return None
-    return theirs.get((num_steps, row.sampler if row.eta is None else row.eta))
+    return theirs.get((num_steps, row.sampler if row.eta is None else row.eta, row.spacing))
 
 
 def rows_of(lines: Lines) -> dict[Row, str]:
@@ -196,13 +210,14 @@ def duration(seconds: float) -> str:
 # Words
 
 
-def describe(line: Line) -> str:
-    """One finished cell for the terminal."""
+def describe(line: Line, plain_spacing: str | None = None) -> str:
+    """One finished cell for the terminal; its spacing is named unless it is the plain one."""
     values = ", ".join(f"{name} {value:.4g}" for name, value in line["values"].items())
-    row = rows_of([line])
+    row = rows_of([line])[row_of(line)]
+    if plain_spacing != line["spacing"] and not times.is_list(line["spacing"]):
+        row += f", {line['spacing']}"
     return (
-        f"S = {line['S']:4d}  {row[row_of(line)]:13s}  seed {line['seed']}  {values}  "
-        f"{duration(line['seconds'])}"
+        f"S = {line['S']:4d}  {row:13s}  seed {line['seed']}  {values}  {duration(line['seconds'])}"
     )
 
 
@@ -222,15 +237,30 @@ def notes(name: str, lines: Lines, theirs: PaperValues) -> list[str]:
         found.append(f"After ±: {lines[0]['measures'][std]['title']}.")
     if any(line["network_calls"] != line["S"] for line in lines):
         found.append("Calls: network evaluations for an image, where they are not S.")
-    if theirs and name == PAPER_COLUMN:
-        found.append("In brackets: the FID the paper reports, with N = 50000.")
-    elif theirs and _is_distance_like_the_papers(name, lines):
-        found.append(
-            "In brackets: the FID the paper reports. It is another distance than "
-            f"{measure['title']}: compare the order of the methods, never the numbers."
-        )
+    if theirs and _is_distance_like_the_papers(name, lines):
+        found += _of_the_papers(name, measure["title"], lines, theirs)
     warnings = dict.fromkeys(line["measures"][name]["warning"] for line in lines)
     return found + [f"Warning: {warning}" for warning in warnings if warning]
+
+
+def _of_the_papers(name: str, title: str, lines: Lines, theirs: PaperValues) -> list[str]:
+    """What the paper's numbers are, and in what these are otherwise."""
+    spacing = next(spacing for num_steps, _, spacing in theirs if num_steps != WHOLE_CHAIN)
+    there = any(papers_own(theirs, row_of(line), line["S"]) is not None for line in lines)
+    protocol = f"the {spacing} sub-sequence and N = 50000"
+    if not there:
+        return [f"No cell is one of the paper's, which are of {protocol}."]
+    found = [f"In brackets: the FID the paper reports, of {protocol}."]
+    if name != PAPER_COLUMN:
+        found.append(
+            f"It is another distance than {title}: compare the order of the methods, never the "
+            "numbers."
+        )
+    if lines[0].get("clip_x0"):
+        found.append("The paper clipped no x0_hat in its rows of eta; here it was clipped.")
+    if lines[0].get("dtype", "float32") != "float32":
+        found.append(f"The paper computed in float32; these are of {lines[0]['dtype']}.")
+    return found
 
 
 def protocol(lines: Lines) -> str:
@@ -243,11 +273,21 @@ def protocol(lines: Lines) -> str:
         f"N = {line['num_samples']} samples, {spacings} sub-sequence, "
         f"{weights_called(weights['kind'], weights['step'])}, hash {weights['hash'][:12]}, "
         + (f"run {' and '.join(runs)}, " if runs else "")
-        + f"{_seeds(lines)}, pixels rounded to {line['rounding']}, batches of "
+        + f"{_seeds(lines)}, {_computed(line)}pixels rounded to {line['rounding']}, batches of "
         f"{line['batch_size']}. {'. '.join(_measured(line))}. {line['device']}; "
         + ", ".join(f"{name} {version}" for name, version in line["versions"].items())
         + "."
     )
+
+
+def _computed(line: Line) -> str:
+    """How the network was run, where that is not float32 as the device likes it."""
+    parts = ["x0 clipped"] if line.get("clip_x0") else []
+    if (dtype := line.get("dtype", "float32")) != "float32":
+        parts.append(f"computed in {dtype}")
+    if (precision := line.get("matmul_precision", "default")) != "default":
+        parts.append(f"matrix products of precision {precision}")
+    return "".join(f"{part}, " for part in parts)
 
 
 def _seeds(lines: Lines) -> str:

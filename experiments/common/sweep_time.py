@@ -19,7 +19,7 @@ from ddim_jax.runs.stop import Stop
 REPORT_SECONDS = 2.0
 """Of a report, until one was made."""
 SHORT = 2.0
-"""Seconds of a piece of work that is measured twice, since its first run may take that much more."""
+"""Seconds of work that is measured twice, since its first run may take longer by as much."""
 FEW = 10
 """Network calls that tell what one takes; where there are fewer, the rest of a batch counts."""
 

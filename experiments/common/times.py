@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ddim_jax.runs import RunSpec
+from ddim_jax.schedule import warn_of_low_start
 
 _SHOWN = 12
 
@@ -24,6 +25,18 @@ def list_from(text: str) -> str:
             f"got {text!r}."
         )
     return spelt([int(word) for word in words])
+
+
+def lists_from(texts: Sequence[str]) -> list[str]:
+    """Several own lists. Raises ValueError for what are none, and for one cut into its indices."""
+    lists = [list_from(text) for text in texts]
+    if len(lists) > 1 and all(length(text) == 1 for text in lists):
+        raise ValueError(
+            "timesteps must be one word for each list, its indices joined by commas; got "
+            f"{' '.join(lists)}, {len(lists)} lists of one step each. For one list of "
+            f"{len(lists)} steps give {','.join(lists)}."
+        )
+    return lists
 
 
 def spelt(timesteps: Sequence[int]) -> str:
@@ -45,8 +58,11 @@ def timesteps_of(spec: RunSpec, num_steps: int, spacing: str) -> np.ndarray:
     """The times of a spacing, named or an own list. Raises ValueError for what the run has not."""
     if not is_list(spacing):
         return spec.timesteps(num_steps, spacing)
-    times = [int(word) for word in spacing.split()]
-    return np.asarray(spec.schedule.check_timesteps(np.array(times)))
+    times = np.array([int(word) for word in spacing.split()])
+    num_steps = spec.schedule.num_steps
+    checked = np.asarray(spec.schedule.check_timesteps(times))
+    warn_of_low_start(checked, num_steps, f"the list of times {shown(spacing)}")
+    return checked
 
 
 def file_name(spacing: str) -> str:
