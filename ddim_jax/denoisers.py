@@ -162,26 +162,31 @@ def _widened(answer: jax.Array | Prediction) -> jax.Array | Prediction:
     return jax.tree.map(widen, answer)
 
 
-def check_not_clipped(eps_fn: Denoiser, schedule: NoiseSchedule, x: Data, t: jax.Array) -> Data:
+def check_not_clipped(
+    eps_fn: Denoiser, schedule: NoiseSchedule, x: Data, timesteps: jax.Array
+) -> Data:
     """x itself, which is about to be encoded; raises ValueError where eps_fn clips.
 
     Different x_t clip to the same x_prev. What `clip_x0` returned is known wherever it is called
-    from, `guided` or a lambda. Another network whose program cuts anything of x's shape is tried
-    far outside the data at the time t: clipping gives one and the same x0_hat there, however far,
-    and another on the other side. Where that is only known inside jit, all of x is NaN. With jit
-    disabled, where a network need not be traceable, `clip_x0`'s own answer alone is refused.
+    from, `guided` or a lambda. Another network whose program may cut as much as x is tried far
+    outside the data at the ends of the timesteps: clipping gives one and the same x0_hat there,
+    however far, and another on the other side, and comes to it with a kink, where tanh does not.
+    So a clip of one's own is found unless something is added to what it cut, as `guided` does.
+    Where that is only known inside jit, all of x is NaN. With jit disabled, where a network need
+    not be traceable, `clip_x0`'s own answer alone is refused.
     """
     if isinstance(eps_fn, _Clipped):
         raise ValueError(_MUST_NOT_CLIP.format("what clip_x0 returned"))
     if jax.config.jax_disable_jit:  # pyright: ignore
         return x
-    jaxpr = jax.make_jaxpr(lambda x, t: checked_answer(eps_fn, x, t))(x, t)
+    jaxpr = jax.make_jaxpr(lambda x, t: checked_answer(eps_fn, x, t))(x, timesteps[0])
     equations = [*_equations(jaxpr.jaxpr)]
     if any(e.primitive.name == "name" and e.params["name"] == CLIPPED for e in equations):
         raise ValueError(_MUST_NOT_CLIP.format("what clip_x0 returned"))
-    if not any(_may_cut(equation, jnp.shape(x)) for equation in equations):
+    if not any(_may_cut(equation, jnp.size(x)) for equation in equations):
         return x
-    clips = _is_cut_far_outside(eps_fn, schedule, x, t)
+    clips = _is_cut_far_outside(eps_fn, schedule, x, timesteps[0])
+    clips |= _is_cut_far_outside(eps_fn, schedule, x, timesteps[-1])
     if is_traced(clips):
         return jnp.where(clips, jnp.nan, x)
     if clips:
@@ -206,10 +211,10 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                     yield from _equations(inner)
 
 
-def _may_cut(equation: Any, shape: tuple[int, ...]) -> bool:
-    """Whether it is of a kind that clipping is made of, on floats of that shape."""
-    return equation.primitive.name in ("clamp", "min", "select_n") and any(
-        out.aval.shape == shape and jnp.issubdtype(out.aval.dtype, jnp.floating)
+def _may_cut(equation: Any, size: int) -> bool:
+    """Whether it is of a kind that clipping is made of, on as many floats."""
+    return equation.primitive.name in ("clamp", "min", "max", "select_n") and any(
+        out.aval.size == size and jnp.issubdtype(out.aval.dtype, jnp.floating)
         for out in equation.outvars
     )
 
@@ -217,15 +222,36 @@ def _may_cut(equation: Any, shape: tuple[int, ...]) -> bool:
 def _is_cut_far_outside(
     eps_fn: Denoiser, schedule: NoiseSchedule, x: Data, t: jax.Array
 ) -> jax.Array:
-    """Whether x0_hat is one thing at a point, twice as far, and another opposite, everywhere."""
+    """Whether x0_hat is at its ends far outside, or goes with the direction alone, and comes to
+    that with a kink.
+    """
     index = jnp.arange(jnp.size(x)).reshape(jnp.shape(x))
-    far = (30 * (1 + index / jnp.size(x)) * jnp.where(index % 2, -1, 1)).astype(x.dtype)
+    far = 30 * (1 + index / jnp.size(x)) * jnp.where(index % 2, -1, 1)
 
-    def x0(x: jax.Array) -> jax.Array:
-        return as_prediction(_widened(eps_fn(x, t)), widen(x), schedule.alpha_bar(t)).x0
+    def x0(scale: jax.Array) -> jax.Array:
+        point = (scale * far).astype(x.dtype)
+        answer = _widened(checked_answer(eps_fn, point, t))
+        return as_prediction(answer, widen(point), schedule.alpha_bar(t)).x0
 
-    here, farther, opposite = x0(far), x0(2 * far), x0(-far)
-    return jnp.all((abs(here - farther) < 1e-2) & (abs(here - opposite) > 2e-2))
+    values = jax.lax.map(x0, jnp.array([1.0, 2.0, -1.0]))
+    here, farther, opposite = values
+    low, high = values.min(), values.max()
+    by_direction = jnp.all((abs(here - farther) < 1e-2) & (abs(here - opposite) > 2e-2))
+    # A few are on their way from one end to the other.
+    at_ends = jnp.mean(jnp.minimum(abs(values - low), abs(values - high)) < 1e-2) > 0.9
+    at_ends &= jnp.any(values.max(axis=0) - values.min(axis=0) > 2e-2)
+
+    def has_kink() -> jax.Array:
+        # Values within the last twentieth, and still growing, are many where tanh saturates: a
+        # factor of four of the distance lies there. Clipping's are few; what rescales grows no more.
+        grid = jax.lax.map(x0, 2.0 ** jnp.arange(-9.0, 2.0))
+        relative = (grid - low) / (high - low)
+        relative = jnp.maximum(relative, 1 - relative)
+        grown = relative[1:] - relative[:-1]
+        smooth = (relative[1:] > 0.95) & (grown > 1e-3) & (grown < 0.15)
+        return smooth.mean() < 0.12
+
+    return jax.lax.cond(by_direction | at_ends, has_kink, lambda: jnp.array(False))
 
 
 def guided(cond_fn: Denoiser, uncond_fn: Denoiser, scale: Level) -> Denoiser:

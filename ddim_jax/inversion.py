@@ -42,7 +42,7 @@ def encode_fixed_point(
     check_schedule(schedule)
     check_floating("x_0", x_0)
     ascending = schedule.check_timesteps(timesteps)[::-1]
-    x_0 = check_not_clipped(eps_fn, schedule, x_0, ascending[0])
+    x_0 = check_not_clipped(eps_fn, schedule, x_0, ascending)
 
     def body(carry, inputs):
         x, eps = carry

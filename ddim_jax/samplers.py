@@ -272,7 +272,7 @@ def encode(eps_fn: Denoiser, schedule: NoiseSchedule, x_0: Data, timesteps: Time
     check_schedule(schedule)
     check_floating("x_0", x_0)
     ascending = schedule.check_timesteps(timesteps)[::-1]
-    x_0 = check_not_clipped(eps_fn, schedule, x_0, ascending[0])
+    x_0 = check_not_clipped(eps_fn, schedule, x_0, ascending)
     t_from = jnp.append(schedule.clean, ascending[:-1])
 
     def body(x, inputs):

@@ -15,7 +15,6 @@ from common.measures import Measure, MetricOptions, gather, open_measures
 from common.options import DataOptions
 from common.sample_set import open_images
 
-from ddim_jax.data.source import facts_of
 from ddim_jax.metrics.metric import Metric, State, column_name
 from ddim_jax.paths import DataName, File
 from ddim_jax.runs.options import MAX_BATCH, check_limits, option
@@ -37,15 +36,14 @@ class FidConfig(MetricOptions, DataOptions):
 def main(config: FidConfig) -> None:
     """Print the numbers with their protocol."""
     check_limits(config)
-    source, images = open_images(config.images, config)
-    (measure,) = open_measures([config.stats], config, source.image_shape)
+    source, images, origin = open_images(config.images, config)
+    (measure,) = open_measures([config.stats], config, source.image_shape, origin)
     states = gather(
         measure.network, measure.metrics, source, config.batch_size, config.kept_features
     )
-    lossy = facts_of(source).get("lossy_files")
     for metric in measure.metrics:
         print(_line(measure, metric, states, f"N = {images}"))
-        if warning := measure.warning(metric, states, None if lossy is None else lossy > 0):
+        if warning := measure.warning(metric, states):
             print(f"warning: {warning}")
 
 

@@ -48,7 +48,10 @@ from common.sweep_time import Clock, process_seconds
 
 from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.files import clear_leftovers, only_one_process
+from ddim_jax.metrics.origin import Origin
 from ddim_jax.paths import File, Folder
+from ddim_jax.runs import read_config
+from ddim_jax.runs.measure import crop_of
 from ddim_jax.runs.options import MAX_BATCH, check_limits, option
 from ddim_jax.runs.stop import stop_signals
 from ddim_jax.schedule import Spacing
@@ -93,7 +96,8 @@ class SweepConfig(MetricOptions, SpacingOptions, ModelOptions):
     save_every: int = option(10, at_least=1)
     """Batches between two saves of a cell under way."""
     save_images: bool = False
-    """Also write every image as a PNG."""
+    """Also write every image as a PNG, in a folder for each cell, which fid.py and other tools
+    measure; for all cells of a sweep or for none."""
     max_seconds: float | None = option(None, at_least=0)
     """Stop cleanly after this long, all told: what would not be done in time is not begun, but for
     one batch. The next call goes on from there."""
@@ -148,7 +152,8 @@ def main(config: SweepConfig, started: float | None = None) -> None:
         for scale in config.guidance_scales
         for sampler, eta in rows
     ]
-    measures = open_measures(config.stats, config, run.spec.image_shape)
+    drawn = Origin(lossy=0.0, crop=crop_of(read_config(config.workdir)))
+    measures = open_measures(config.stats, config, run.spec.image_shape, drawn)
     sweep = Sweep(
         out=pathlib.Path(config.out),
         drawer=Drawer(run, measures, image_programs(run.spec, cells)),
@@ -218,7 +223,13 @@ def _seeds(config: SweepConfig) -> tuple[int, ...]:
 def _measure_missing(sweep: Sweep, config: SweepConfig) -> None:
     """Measure the cells of which there are no results, until time is up."""
     out, drawer = sweep.out, sweep.drawer
-    wanted = sweep_settings(drawer.run, drawer.measures, config.num_samples, config.kept_features)
+    wanted = sweep_settings(
+        drawer.run,
+        drawer.measures,
+        config.num_samples,
+        config.kept_features,
+        config.save_images,
+    )
     there = find_settings(out, wanted, config.batch_size, drawer.run, config.dtype) or {}
     drop_other_times(out, sweep.cells, drawer.run.spec.schedule.num_steps)
     done = {cell_of(line) for line in read_results(out)}

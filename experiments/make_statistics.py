@@ -50,7 +50,7 @@ def main(config: StatisticsConfig) -> None:
     check_limits(config)
     metrics = [metric for metric in config.named_metrics() if metric.needs_reference]
     network = open_network(config.features, config.feature_weights, config.out)
-    source, images = open_images(config.data, config)
+    source, images, _ = open_images(config.data, config)
     recipe = {
         "name": source.name,
         "split": config.split,

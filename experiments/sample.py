@@ -21,7 +21,7 @@ import numpy as np
 from common import cli, pictures
 from common.options import DrawOptions, ModelOptions, SamplerOptions, SpacingOptions
 from common.progress import Progress
-from common.sample_set import RECORD, SampleSet, open_to_draw, rule_of
+from common.sample_set import RECORD, SampleSet, open_to_draw, rule_of, settings_of
 from common.times import shown, spelt, timesteps_of
 
 from ddim_jax.files import only_one_process
@@ -123,19 +123,17 @@ def _settings(
     config: SampleConfig, sampler: str, run: Run, num_steps: int, spacing: str
 ) -> dict[str, Any]:
     """All that decides the images."""
-    return {
-        "seed": config.seed,
-        "num_sample_steps": num_steps,
-        "spacing": spacing,
-        "sampler": sampler,
-        "eta": config.eta if takes_eta(sampler) else None,
-        "label": config.label,
-        "guidance_scale": config.guidance_scale,
-        "image_shape": run.spec.image_shape,
-        "batch_size": min(config.batch_size, config.num_images),
-        "fingerprint": run.fingerprint,
-        "fingerprint_id": run.fingerprint_id,
-    }
+    return settings_of(
+        run,
+        seed=config.seed,
+        num_sample_steps=num_steps,
+        spacing=spacing,
+        sampler=sampler,
+        eta=config.eta if takes_eta(sampler) else None,
+        label=config.label,
+        guidance_scale=config.guidance_scale,
+        batch_size=min(config.batch_size, config.num_images),
+    )
 
 
 def _draw(

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import tyro
@@ -20,11 +20,14 @@ from matplotlib.axes import Axes
 from ddim_jax.files import parsed, write_whole
 from ddim_jax.paths import Folder, local_path
 from ddim_jax.runs import read_config
+from ddim_jax.runs.measure import PROTOCOL
 
 PUBLISHED = {46_800: 9.16, 93_600: 5.78, 187_000: 4.08, 421_000: 3.31, 796_000: 3.19}
 """Updates -> the FID published for DDPM's recipe on CIFAR-10."""
 
-NOT_DISTANCES = frozenset({"num_samples", "num_sample_steps", "held_out_loss", "num_held_out"})
+NOT_DISTANCES = frozenset(
+    {"step", "num_samples", "num_sample_steps", "held_out_loss", "num_held_out", PROTOCOL}
+)
 
 Line = Mapping[str, Any]
 """One of metrics.jsonl."""
@@ -76,10 +79,63 @@ def _is_cifar10(settings: Mapping[str, Any]) -> bool:
     return str(settings.get("data", "")).partition(":")[0] == "cifar10"
 
 
-def distance_of(lines: Sequence[Line]) -> str | None:
-    """The column that --fid-every measured last; None without one."""
-    measured = [name for line in lines if "num_samples" in line for name in line.keys() - {"step"}]
-    return next((name for name in reversed(measured) if name not in NOT_DISTANCES), None)
+class Curve(NamedTuple):
+    """Numbers of one kind, measured in one way all along."""
+
+    column: str
+    """What metrics.jsonl calls them."""
+    said: str
+    """What they are of, in words."""
+    values: Mapping[int, float]
+    """By step."""
+
+
+def distances_of(lines: Sequence[Line]) -> list[Curve]:
+    """What --fid-every measured: a curve for each statistics, number of samples and S."""
+
+    def said(line: Line) -> str:
+        against = line.get(PROTOCOL, {}).get("statistics")
+        return (
+            f"{line['num_samples']} samples in {line['num_sample_steps']} steps of DDIM"
+            f"{f' against statistics {against[:12]}' if against else ''}"
+        )
+
+    measured = [line for line in lines if "num_samples" in line]
+    return _curves(measured, lambda line: line.keys() - NOT_DISTANCES, said)
+
+
+def held_out_of(lines: Sequence[Line]) -> list[Curve]:
+    """The losses of images that are not trained on: a curve for each set of them."""
+
+    def said(line: Line) -> str:
+        of = line.get(PROTOCOL, {}).get("held_out")
+        return f"{line['num_held_out']} images{f' ({of[:19]})' if of else ''}"
+
+    measured = [line for line in lines if "num_held_out" in line]
+    return _curves(measured, lambda line: {"held_out_loss"}, said)
+
+
+def _curves(
+    lines: Sequence[Line],
+    columns: Callable[[Line], Collection[str]],
+    said: Callable[[Line], str],
+) -> list[Curve]:
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for line in lines:
+        for column in sorted(columns(line)):
+            curve = found.setdefault((column, said(line)), {})
+            if line[column] is not None:
+                curve[line["step"]] = line[column]
+    return [Curve(column, of, values) for (column, of), values in found.items()]
+
+
+def _names(curves: Sequence[Curve]) -> list[str]:
+    """What to call each: its column, and a number where several share one."""
+    columns = [curve.column for curve in curves]
+    return [
+        column if columns.count(column) == 1 else f"{column} ({columns[:i].count(column) + 1})"
+        for i, column in enumerate(columns)
+    ]
 
 
 def _series(lines: Sequence[Line], name: str) -> dict[int, float]:
@@ -93,15 +149,12 @@ def _report(
     published: Mapping[int, float],
 ) -> str:
     """Markdown: what was measured at each step, the published numbers among them."""
-    column = distance_of(lines)
-    beside = published if column == "fid" else {}
-    ours = {} if column is None else _series(lines, column)
-    held_out, losses = _series(lines, "held_out_loss"), _series(lines, "loss")
+    curves, losses = [*distances_of(lines), *held_out_of(lines)], _series(lines, "loss")
+    beside = published if any(curve.column == "fid" for curve in curves) else {}
     # Without --fid-every the last losses are all there is.
-    steps = sorted({*ours, *held_out, *beside}) or [*losses][-10:]
+    steps = sorted({*beside}.union(*(curve.values for curve in curves))) or [*losses][-10:]
     columns: dict[str, Mapping[int, float]] = {
-        **({column: ours} if column else {}),
-        **({"held_out_loss": held_out} if held_out else {}),
+        **{name: curve.values for name, curve in zip(_names(curves), curves, strict=True)},
         "loss": {s: _loss_near(losses, s) for s in steps if s <= lines[-1]["step"]},
         **({"published, DDPM's recipe": beside} if beside else {}),
     }
@@ -114,7 +167,7 @@ def _report(
             "|---" * len(head) + "|",
             *("| " + " | ".join(row) + " |" for row in rows),
             "",
-            _conditions(settings, lines, column, beside),
+            _conditions(settings, lines, beside),
             "",
         ]
     )
@@ -130,26 +183,23 @@ def _number(value: float | None) -> str:
     return "" if value is None or value != value else f"{value:.4g}"
 
 
-def _conditions(
-    settings: Mapping[str, Any], lines: Sequence[Line], column: str | None, beside: Mapping
-) -> str:
+def _conditions(settings: Mapping[str, Any], lines: Sequence[Line], beside: Mapping) -> str:
     parts = [
         f"Data {settings.get('data')}, batch {settings.get('batch_size')}, rate "
         f"{settings.get('learning_rate')}, average {settings.get('ema_decay')}; loss is the mean "
         "since the line before, of the weights in training, with dropout."
     ]
-    measured = [line for line in lines if "num_samples" in line]
-    if column is not None:
-        sizes = sorted({(x["num_samples"], x["num_sample_steps"]) for x in measured})
-        said = " and ".join(f"{n} samples in {s} steps" for n, s in sizes)
-        parts.append(f"{column} is of {said} of DDIM, averaged weights, against fid_stats.")
-    held_out = sorted({x["num_held_out"] for x in lines if "num_held_out" in x})
-    if held_out:
-        said = " and ".join(map(str, held_out))
+    distances, held_out = distances_of(lines), held_out_of(lines)
+    for name, curve in zip(_names(distances), distances, strict=True):
+        parts.append(f"{name} is of {curve.said}, averaged weights.")
+    for name, curve in zip(_names(held_out), held_out, strict=True):
         parts.append(
-            f"held_out_loss is of {said} images that are not trained on, averaged weights, without "
-            "dropout."
+            f"{name} is of {curve.said} that are not trained on, averaged weights, without dropout."
         )
+    warnings = dict.fromkeys(
+        warning for line in lines for warning in line.get(PROTOCOL, {}).get("warnings", ())
+    )
+    parts += [f"Warning: {warning}" for warning in warnings]
     if beside:
         parts.append(
             "The published curve is of DDPM's recipe on CIFAR-10. A distance of fewer samples than "
@@ -165,28 +215,30 @@ def _conditions(
 
 def _draw(path: pathlib.Path, lines: Sequence[Line], published: Mapping[int, float]) -> None:
     """Left the losses; right the distance, where there is one."""
-    column, held_out = distance_of(lines), _series(lines, "held_out_loss")
+    distances, held_out = distances_of(lines), held_out_of(lines)
     figure, axes = plt.subplots(
-        1, 1 if column is None else 2, figsize=(5 if column is None else 10, 3.6),
+        1, 2 if distances else 1, figsize=(10 if distances else 5, 3.6),
         layout="constrained", squeeze=False,
     )  # fmt: skip
     left = axes[0, 0]
     losses = _series(lines, "loss")
     left.plot(losses.keys(), losses.values(), label="loss in training")
-    if held_out:
-        left.plot(held_out.keys(), held_out.values(), marker="o", label="held out, average")
+    for name, curve in zip(_names(held_out), held_out, strict=True):
+        label = f"held out, average{name.removeprefix('held_out_loss')}"
+        left.plot(curve.values.keys(), curve.values.values(), marker="o", label=label)
     left.set(yscale="log", xlabel="updates", ylabel="loss")
     left.legend(fontsize=8)
-    if column is not None:
-        _draw_distance(axes[0, 1], column, _series(lines, column), published)
+    if distances:
+        _draw_distances(axes[0, 1], distances, published)
     figures.save(figure, path)
 
 
-def _draw_distance(
-    axes: Axes, column: str, ours: Mapping[int, float], published: Mapping[int, float]
-) -> None:
-    axes.plot([*ours.keys()], [*ours.values()], marker="o", label="this run")
-    if published and column == "fid":
+def _draw_distances(axes: Axes, distances: Sequence[Curve], published: Mapping[int, float]) -> None:
+    for name, curve in zip(_names(distances), distances, strict=True):
+        label = "this run" if len(distances) == 1 else f"this run, {name}"
+        axes.plot([*curve.values], [*curve.values.values()], marker="o", label=label)
+    columns = dict.fromkeys(curve.column for curve in distances)
+    if published and "fid" in columns:
         axes.plot(
             [*published.keys()],
             [*published.values()],
@@ -196,7 +248,7 @@ def _draw_distance(
             label="published for DDPM's recipe",
         )
         axes.set_xscale("log")
-    axes.set(yscale="log", xlabel="updates", ylabel=column)
+    axes.set(yscale="log", xlabel="updates", ylabel=" and ".join(columns))
     axes.legend(fontsize=8)
 
 

@@ -19,7 +19,9 @@ from refusals import refused
 
 from ddim_jax.data import content_of, load_images
 from ddim_jax.data.images import resize_and_crop
+from ddim_jax.metrics.origin import Origin, origin_of, origin_warnings
 from ddim_jax.metrics.statistics import load_statistics
+from ddim_jax.runs.measure import crop_of
 
 
 def aligned_faces(number=3):
@@ -163,9 +165,67 @@ def test_statistics_say_how_their_images_came_to_be_and_who_measures_is_warned(t
     assert recipe["lossy_files"] == 0 and json.loads(json.dumps(dict(recipe))) == recipe
 
     of = {kind: statistics(folders[kind]) for kind in folders}
-    assert "80 were JPEG files or the like, at about" in measured(folders["png"], of["jpg"])
-    assert "The samples were JPEG files" in measured(folders["jpg"], of["png"])
+    assert "100% of the statistics' images and 0% of the samples" in measured(
+        folders["png"], of["jpg"]
+    )
+    text = measured(folders["jpg"], of["png"])
+    assert "0% of the statistics' images and 100% of the samples were JPEG files" in text
     for kind, folder in folders.items():
         assert "JPEG" not in measured(folder, of[kind])
+    # How many, not whether: one image of eighty is no reason, forty are.
+    mixed = folder_of(tmp_path / "mixed", images[:40], "jpg")
+    for i, image in enumerate(images[40:]):
+        PIL.Image.fromarray(image).save(pathlib.Path(mixed) / f"png{i}.png")
+    assert "100% of the statistics' images and 50% of the samples" in measured(mixed, of["jpg"])
+    few = folder_of(tmp_path / "few", images[:1], "jpg")
+    for i, image in enumerate(images[1:]):
+        PIL.Image.fromarray(image).save(pathlib.Path(few) / f"png{i}.png")
+    assert "JPEG" not in measured(few, of["png"])
+    assert "JPEG" in measured(few, of["jpg"])
     np.savez(tmp_path / "samples.npz", images=images)  # of which nobody knows
     assert "JPEG" not in measured(str(tmp_path / "samples.npz"), of["jpg"])
+
+
+def test_who_measures_another_crop_than_the_statistics_is_warned(tmp_path, capsys):
+    """The same faces, cropped and not: another distance, and a sentence that says why."""
+    faces = folder_of(tmp_path / "faces", aligned_faces(9)[0], "png")
+    ready = folder_of(tmp_path / "ready", load_images(faces, crop="celeba", image_size=4).images,
+                      "png")  # pyright: ignore  # fmt: skip
+    stats = str(tmp_path / "cropped.npz")
+    options = {"features": "pixels", "image_size": 4}
+    make_statistics.main(
+        make_statistics.StatisticsConfig(data=faces, out=stats, crop="celeba", **options)
+    )
+
+    def measured(name, **how):
+        capsys.readouterr()
+        fid.main(fid.FidConfig(images=name, stats=stats, **how))
+        out = capsys.readouterr().out
+        return float(out.split()[1].rstrip(":")), "--crop" in out
+
+    number, warned = measured(faces, image_size=4)
+    assert number > 1e-3 and warned
+    number, warned = measured(faces, image_size=4, crop="celeba")
+    assert number < 1e-6 and not warned
+    number, warned = measured(ready)  # of their size already: nobody knows of what they were cut
+    assert number < 1e-6 and not warned
+
+
+@pytest.mark.parametrize(
+    "config, crop",
+    [
+        ({"data": "celeb_a", "crop": None, "image_size": None}, "celeba"),
+        ({"data": "celeb_a:2.0.1", "crop": None, "image_size": 32}, "celeba"),
+        ({"data": "faces", "crop": "celeba", "image_size": None}, "celeba"),
+        ({"data": "faces", "crop": None, "image_size": 64}, "none"),
+        ({"data": "faces", "crop": None, "image_size": None}, None),
+        ({"model": {}}, None),  # converted
+    ],
+)
+def test_what_a_run_says_of_its_crop(config, crop):
+    assert crop_of(config) == crop
+    samples = Origin(0.0, crop)
+    real = origin_of({"lossy_files": 0, "crop": {"name": "celeba"}}, 10)
+    assert bool(origin_warnings(samples, real)) == (crop == "none")
+    assert bool(origin_warnings(samples, origin_of({"lossy_files": 0}, 10))) == (crop == "celeba")
+    assert not origin_warnings(samples, origin_of({}, None))  # a published file

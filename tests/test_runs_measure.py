@@ -20,6 +20,9 @@ from small_runs import SMALL, assert_same_bits
 
 from ddim_jax.checkpoint import Checkpointer
 from ddim_jax.data import load_images
+from ddim_jax.data.content import content_of
+from ddim_jax.data.source import ArraySource
+from ddim_jax.metrics.statistics import load_statistics
 from ddim_jax.runs import Watcher, fit, load_trained
 
 N, S = 90, 3
@@ -63,8 +66,13 @@ def test_the_distance_is_that_of_the_samples_and_training_goes_on_as_without_it(
     two, four = measured(tmp_path / "a")
     assert (two["step"], four["step"]) == (2, 4)
     names = {"fd_pixels", "num_samples", "num_sample_steps", "held_out_loss", "num_held_out"}
+    protocol = four.pop("measured_with")
     assert four.keys() == names | {"step"}
     assert [heard[4] | {"step": 4}, heard.keys()] == [four, {2, 4}]
+    assert protocol["statistics"] == load_statistics(stats).content_hash[:16]
+    test = load_images("digits", split="test")
+    first = ArraySource(test.images[:N], test.labels[:N].astype(np.int32), num_classes=10)  # pyright: ignore
+    assert protocol["held_out"] == content_of(first)
     drawn = load_trained(tmp_path / "a").sample(jax.random.key(0), N, S, batch_size=32)
     want = frechet(drawn, load_images("digits").images)  # pyright: ignore
     assert four["fd_pixels"] == pytest.approx(want, rel=1e-3)
@@ -96,7 +104,7 @@ def test_the_held_out_loss_of_a_network_that_says_nothing_is_the_noises_square(t
     """The U-Net's last layer starts at 0, so that eps_hat = 0 and the loss is the mean of eps^2."""
     fit(of(tmp_path, max_steps=1, learning_rate=1e-30, fid_samples=1000))
     (line,) = measured(tmp_path)
-    assert line.keys() == {"step", "held_out_loss", "num_held_out"}
+    assert line.keys() == {"step", "held_out_loss", "num_held_out", "measured_with"}
     assert line["num_held_out"] == 360  # all of the split test: digits are trained on the others
     deviation = np.sqrt(2 / (360 * 64))
     assert abs(line["held_out_loss"] - 1) < 4 * deviation
@@ -116,6 +124,36 @@ def _nothing_finite(x):
     from ddim_jax.runs.draw import Pixels
 
     return Pixels(nearest_levels(x), jax.numpy.zeros(len(x), bool))
+
+
+def test_numbers_of_two_statistics_are_two_curves_and_who_joins_them_is_told(
+    stats, tmp_path, capsys
+):
+    images, other = str(tmp_path / "images.npz"), str(tmp_path / "other.npz")
+    np.savez(images, images=np.random.default_rng(0).integers(0, 256, (50, 8, 8, 1), np.uint8))
+    make_statistics.main(
+        make_statistics.StatisticsConfig(data=images, out=other, features="pixels")
+    )
+    run = tmp_path / "run"
+    for max_steps in (2, 4):
+        fit(of(run, fid_stats=stats, fid_samples=40, max_steps=max_steps))
+    said = capsys.readouterr().err
+    assert "N = 40 samples do not exceed the 64 feature dimensions" in said
+    assert "begin anew" not in said
+    fit(of(run, fid_stats=other, fid_samples=40, max_steps=6))
+    assert "from step 6 on (statistics is " in capsys.readouterr().err
+    one, two = (load_statistics(path).content_hash[:12] for path in (stats, other))
+    training_report.main(training_report.ReportConfig(workdir=str(run)))
+    text = (run / "training.md").read_text()
+    for number, of_whom in enumerate((one, two), 1):
+        assert (
+            f"fd_pixels ({number}) is of 40 samples in 3 steps of DDIM against statistics {of_whom}"
+            in text
+        )
+    found = cells(text)
+    assert found["4"]["fd_pixels (2)"] == found["6"]["fd_pixels (1)"] == ""
+    assert float(found["6"]["fd_pixels (2)"]) > 0
+    assert "Warning: N = 40 samples do not exceed" in text
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_written(stats, tmp_path):

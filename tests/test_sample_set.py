@@ -194,6 +194,15 @@ def test_a_lost_image_is_missed_and_drawn_again(trained, own, finished):
     assert content(own) == content(finished)
 
 
+def test_an_image_of_no_bytes_is_missed_and_drawn_again(trained, own, finished):
+    """As a disk that lost power leaves it: its name is there."""
+    (own / "images" / "00003.png").write_bytes(b"")
+    with refused("lacks 1 of the 5 images that .*samples.json says, 00003.png first"):
+        measure(own)
+    draw(trained, own)
+    assert content(own) == content(finished)
+
+
 def test_the_number_names_the_set(trained, finished, capsys):
     for images in (finished, finished / "images", finished / "samples.npz"):
         measure(images)

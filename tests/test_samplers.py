@@ -685,6 +685,27 @@ def clips_by_hand(x, t):
     return (x - signal * x0) / noise
 
 
+def by_hand(cut):
+    """The network whose x0_hat, by eq. 9, is cut by `cut(x0, t)`; eps goes with it."""
+
+    def clipped(x, t):
+        signal, noise = jnp.sqrt(SCHEDULE.alpha_bar(t)), jnp.sqrt(1 - SCHEDULE.alpha_bar(t))
+        return (x - signal * cut((x - noise * eps_fn(x, t)) / signal, t)) / noise
+
+    return clipped
+
+
+CUTS_BY_HAND = {
+    "channels first": lambda x0, t: jnp.clip(x0.T, -1, 1).T,
+    "flat": lambda x0, t: jnp.clip(x0.reshape(-1), -1, 1).reshape(x0.shape),
+    "each image": lambda x0, t: jax.vmap(lambda a: jnp.clip(a, -1, 1))(x0),
+    "maxima alone": lambda x0, t: -jnp.maximum(-jnp.maximum(x0, -1.0), -1.0),
+    "but at the lowest time": lambda x0, t: jnp.where(t > 0, jnp.clip(x0, -1, 1), x0),
+    "to [0, 1]": lambda x0, t: jnp.clip(x0, 0, 1),
+    "and divided": lambda x0, t: jnp.clip(x0, -9, 9) / 9,
+}
+
+
 def cut_networks(clip):
     """One that clips, as users hand it on: the wrapper's own type is seen in the first alone."""
     clipped = clip(eps_fn, SCHEDULE)
@@ -712,11 +733,17 @@ def test_encoding_a_clipped_network_is_refused(encode):
             with refused("eps_fn must not clip its data prediction when encoding.*Pass the netw"):
                 wrap(lambda x, f=clipped: encode(f, SCHEDULE, x, [5, 0]))(X_T)
                 pytest.fail(name)
-    for by_hand in (clips_by_hand, dj.guided(clips_by_hand, clips_by_hand, 2.0)):
+    for network in (clips_by_hand, dj.guided(clips_by_hand, clips_by_hand, 2.0)):
         with refused("eps_fn must not clip its data prediction.*got a network that does"):
-            encode(by_hand, SCHEDULE, X_T, [5, 0])
-        inside = jax.jit(lambda x, f=by_hand: encode(f, SCHEDULE, x, [5, 0]))(X_T)
+            encode(network, SCHEDULE, X_T, [5, 0])
+        inside = jax.jit(lambda x, f=network: encode(f, SCHEDULE, x, [5, 0]))(X_T)
         assert np.isnan(inside).all()
+
+
+@pytest.mark.parametrize("name", CUTS_BY_HAND)
+def test_a_clip_is_found_however_it_is_written(name):
+    with refused("eps_fn must not clip its data prediction.*got a network that does"):
+        dj.encode(by_hand(CUTS_BY_HAND[name]), SCHEDULE, X_T, [900, 5, 0])
 
 
 @both_encodings
@@ -725,6 +752,10 @@ def test_what_cuts_something_else_is_encoded(encode):
     image = jnp.where(jnp.arange(X_T.size).reshape(X_T.shape) % 2, -1.0, 1.0)
     others = {
         "relu6 inside": lambda x, t: 0.1 * jnp.minimum(jax.nn.relu(x), 6.0),
+        "ends in tanh": dj.from_x0(lambda x, t: jnp.where(t < 0, x, jnp.tanh(x)), SCHEDULE),
+        "ends in a steep tanh": dj.from_x0(
+            lambda x, t: jnp.maximum(jnp.tanh(5 * x), -2.0), SCHEDULE
+        ),
         "clips what it is asked of": lambda x, t: 0.5 * jnp.clip(x, -1, 1),
         "knows one image of two colours": lambda x, t: dj.x0_to_epsilon(
             jnp.clip(image, -1, 1), x, SCHEDULE.alpha_bar(t)

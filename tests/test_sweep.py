@@ -904,6 +904,28 @@ def test_only_images_that_are_shown_leave_the_device(
     assert (tmp_path / "samples" / "S0003_eta_0.png").exists()
 
 
+def test_the_images_of_a_sweep_are_all_of_its_cells_or_none(finished, tmp_path, capsys, stats):
+    """Stopped in a cell's middle, with images lost since: the same images, which measure alike."""
+    mine = dataclasses.replace(finished, out=str(tmp_path / "out"), etas=(0.0,), save_images=True)
+    fid_sweep.main(dataclasses.replace(mine, max_seconds=0.0, save_every=1))
+    folder = tmp_path / "out" / "images" / "S0003_eta_0"
+    drawn = sorted(folder.glob("*.png"))
+    assert len(drawn) == 12
+    with pytest.raises(ValueError, match="is not complete: 12 of the 21 images"):
+        fid_py(folder, stats, capsys, "frechet")
+    with pytest.raises(ValueError, match="save_images is True there and False now"):
+        fid_sweep.main(dataclasses.replace(mine, save_images=False))
+    before = drawn[4].read_bytes()
+    drawn[4].unlink()
+    capsys.readouterr()
+    fid_sweep.main(mine)
+    assert "S0003_eta_0 is drawn anew" in capsys.readouterr().out
+    assert drawn[4].read_bytes() == before and len(list(folder.glob("*.png"))) == 21
+    (line,) = lines(tmp_path / "out")
+    assert fid_py(folder, stats, capsys, "frechet") == pytest.approx(line["values"], rel=1e-6)
+    assert line["values"] == lines(finished.out)[0]["values"]
+
+
 def test_one_step_from_t_0_is_measured_again_from_noise(finished, tmp_path, capsys):
     """As an earlier version left it: a line of S = 1, and the next cell under way."""
     out = tmp_path / "out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -244,6 +245,9 @@ def _announce(job: _Job, state: TrainState, step: int) -> None:
         f"{job.config.max_steps}",
         flush=True,
     )
+    if job.measure is not None and jax.process_index() == 0:
+        for warning in job.measure.protocol.get("warnings", ()):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _train(
@@ -299,7 +303,8 @@ def _train(
             if measures and job.measure is not None:
                 averaged = parallel.unreplicate(replicas.ema_params)
                 weights = RunParams(averaged, job.frozen.codec)
-                log.measured(step, functools.partial(job.measure, weights))
+                numbers = functools.partial(job.measure.numbers, weights)
+                log.measured(step, numbers, job.measure.protocol)
             if saves:
                 log.keep_window(step, config.keep_checkpoints)
                 checkpointer.save(step, parallel.unreplicate(replicas))

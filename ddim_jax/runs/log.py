@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddim_jax.files import parsed, read_json, write_json, write_whole
+from ddim_jax.files import differences, parsed, read_json, write_json, write_whole
 from ddim_jax.parallel import unreplicate
 from ddim_jax.runs.draw import Pixels, marked_images
+from ddim_jax.runs.measure import PROTOCOL, Measured
 
 WINDOWS = "log_window.json"
 """The losses since the last line of metrics.jsonl, at each of the newest checkpoints: so that the
@@ -65,7 +66,10 @@ class Log:
         self._time, self._step = time.monotonic(), start
         self._windows = _windows_up_to(workdir / WINDOWS, start)
         self._losses = list(self._windows.get(start, []))
-        self._skipped = _count_skipped(workdir / "metrics.jsonl", start)
+        before = [parsed(line) for line in _lines_up_to(workdir / "metrics.jsonl", start)]
+        self._skipped = sum("skipped" in line for line in before)
+        protocols = [line[PROTOCOL] for line in before if PROTOCOL in line]
+        self._measured_with = protocols[-1] if protocols else None
         self._lines: Any = None
         self._grad_norm: float | None = None  # of the last update that counts, since the last line
 
@@ -98,7 +102,7 @@ class Log:
         if bad:
             self._skipped += 1
             self._append({"step": step, "skipped": bad[0]})
-            print(f"warning: {bad[0]}; this update is left out", file=sys.stderr, flush=True)
+            _warn(f"{bad[0]}; this update is left out")
         return values
 
     def write(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -123,19 +127,29 @@ class Log:
         for watcher in self._watchers:
             watcher.line(line)
 
-    def measured(self, step: int, measure: Callable[[], Mapping[str, int | float | None]]) -> None:
+    def measured(
+        self,
+        step: int,
+        measure: Callable[[], Measured],
+        protocol: Mapping[str, Any],
+    ) -> None:
         """Measure after a step, and write a line of it; its time is none of training's."""
+        if self._measured_with not in (None, protocol):
+            differ = "; ".join(differences(self._measured_with, protocol))
+            _warn(
+                f"numbers are measured otherwise from step {step} on ({differ}): their curves "
+                "begin anew."
+            )
+        self._measured_with = protocol
         started = time.monotonic()
         numbers = measure()
         self._time += time.monotonic() - started
         for name in (name for name, number in numbers.items() if number is None):
-            print(
-                f"warning: {name} of step {step} is unknown: samples are not finite, so the "
-                "averaged weights diverge when sampled, though the loss is finite.",
-                file=sys.stderr,
-                flush=True,
+            _warn(
+                f"{name} of step {step} is unknown: samples are not finite, so the averaged "
+                "weights diverge when sampled, though the loss is finite."
             )
-        self._append({"step": step, **numbers})
+        self._append({"step": step, **numbers, PROTOCOL: protocol})
         for watcher in self._watchers:
             watcher.measured(step, numbers)
 
@@ -163,12 +177,10 @@ class Log:
         """Samples drawn after a step; says so where some are not finite, and marks them."""
         finite = np.asarray(pixels.finite)
         if not finite.all():
-            print(
-                f"warning: {np.sum(~finite)} of the {len(finite)} samples of step {step} are not "
-                "finite, and are shown as a cross: the averaged weights diverge when sampled, "
-                "though the loss is finite.",
-                file=sys.stderr,
-                flush=True,
+            _warn(
+                f"{np.sum(~finite)} of the {len(finite)} samples of step {step} are not finite, "
+                "and are shown as a cross: the averaged weights diverge when sampled, though the "
+                "loss is finite."
             )
         images = marked_images(pixels)
         for watcher in self._watchers:
@@ -192,9 +204,8 @@ def _windows_up_to(path: pathlib.Path, step: int) -> dict[int, list[float]]:
     return {key: losses for key, losses in windows.items() if key <= step}
 
 
-def _count_skipped(path: pathlib.Path, step: int) -> int:
-    """How many updates up to `step` were left out, by the lines that say so."""
-    return sum("skipped" in parsed(line) for line in _lines_up_to(path, step))
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _forget_after(path: pathlib.Path, step: int) -> None:

@@ -5,19 +5,21 @@ Every host measures all of it, so that none waits for another's numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from ddim_jax.data.content import content_of
 from ddim_jax.data.load import held_out_split, load_images, splits_of
 from ddim_jax.data.source import ArraySource, ImageSource
 from ddim_jax.keys import image_keys, seed_key
 from ddim_jax.losses import prediction_loss
 from ddim_jax.metrics.features import network_of
-from ddim_jax.metrics.frechet import MOMENTS, frechet_metric
+from ddim_jax.metrics.frechet import MOMENTS, few_samples_warning, frechet_metric
 from ddim_jax.metrics.metric import column_name, init_states, update_states
+from ddim_jax.metrics.origin import NOT_CROPPED, Origin, origin_of, origin_warnings
 from ddim_jax.metrics.statistics import load_statistics
 from ddim_jax.parallel import map_batches, map_rows, over_devices
 from ddim_jax.runs.config import TrainConfig
@@ -27,8 +29,18 @@ from ddim_jax.runs.spec import RunParams, RunSpec
 Measured = dict[str, int | float | None]
 """What a line of metrics.jsonl says beside its step; None where samples were not finite."""
 
-Measure = Callable[[RunParams], Measured]
-"""(averaged weights) -> numbers, always from the same latents, noise and images."""
+PROTOCOL = "measured_with"
+"""What such a line calls its protocol: numbers of two protocols make no curve."""
+
+
+class Measure(NamedTuple):
+    """What is measured while a run trains."""
+
+    numbers: Callable[[RunParams], Measured]
+    """(averaged weights) -> numbers, always from the same latents, noise and images."""
+    protocol: dict[str, Any]
+    """What decides the numbers beside the weights, as JSON holds it; "warnings" among it, which
+    must be read with them."""
 
 
 def open_measure(config: TrainConfig, spec: RunSpec, source: ImageSource) -> Measure | None:
@@ -50,10 +62,25 @@ def open_measure(config: TrainConfig, spec: RunSpec, source: ImageSource) -> Mea
             f"None, and {source.name}. Make them with make_statistics.py, or set fid_every to 0."
         )
 
-    def measure(params: RunParams) -> Measured:
-        return {name: number for part in measures for name, number in part(params).items()}
+    def numbers(params: RunParams) -> Measured:
+        return {name: number for part in measures for name, number in part.numbers(params).items()}
 
-    return measure
+    return Measure(
+        numbers,
+        {name: fact for part in measures for name, fact in part.protocol.items()},
+    )
+
+
+def crop_of(config: Mapping[str, Any]) -> str | None:
+    """How the images were cropped that a config.json trains on; None where nobody knows.
+
+    Those that nothing resized may have been cropped before.
+    """
+    if str(config.get("data", "")).partition(":")[0] == "celeb_a":
+        return "celeba"
+    if (crop := config.get("crop")) is not None:
+        return crop
+    return None if config.get("image_size") is None else NOT_CROPPED
 
 
 class _Drawn(NamedTuple):
@@ -84,7 +111,7 @@ def _distance(config: TrainConfig, spec: RunSpec, source: ImageSource) -> Measur
     firsts = range(0, config.fid_samples, config.batch_size)
     batches = [np.arange(i, min(i + config.batch_size, config.fid_samples)) for i in firsts]
 
-    def measure(params: RunParams) -> Measured:
+    def numbers(params: RunParams) -> Measured:
         states = init_states([metric], {metric.features: len(statistics.mean)})
         finite = True
         for rows, drawn in zip(
@@ -96,7 +123,19 @@ def _distance(config: TrainConfig, spec: RunSpec, source: ImageSource) -> Measur
         distance = float(statistics.distance(states[MOMENTS])) if finite else None
         return {column: distance, "num_samples": config.fid_samples, "num_sample_steps": steps}
 
-    return measure
+    drawn = Origin(lossy=0.0, crop=crop_of(config.describe()))
+    warnings = origin_warnings(drawn, origin_of(statistics.data, statistics.num_samples))
+    few = few_samples_warning(config.fid_samples, len(statistics.mean))
+    return Measure(
+        numbers,
+        {
+            "statistics": statistics.content_hash[:16],
+            "network": network.content_hash[:16],
+            "num_samples": config.fid_samples,
+            "num_sample_steps": steps,
+            "warnings": [*filter(None, [few, *warnings])],
+        },
+    )
 
 
 def _held_out(config: TrainConfig, source: ImageSource) -> ArraySource | None:
@@ -153,8 +192,8 @@ def _loss(config: TrainConfig, spec: RunSpec, held_out: ArraySource) -> Measure:
     indices = np.arange(len(held_out))
     labels = np.zeros(len(held_out), np.int32) if held_out.labels is None else held_out.labels
 
-    def measure(params: RunParams) -> Measured:
+    def numbers(params: RunParams) -> Measured:
         found = map_rows(program, params, config.batch_size, held_out.images, labels, indices)
         return {"held_out_loss": float(np.mean(found)), "num_held_out": len(held_out)}
 
-    return measure
+    return Measure(numbers, {"held_out": content_of(held_out), "num_held_out": len(held_out)})

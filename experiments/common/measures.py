@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import tyro
@@ -24,6 +24,7 @@ from ddim_jax.metrics.metric import (
     init_states,
     update_states,
 )
+from ddim_jax.metrics.origin import Origin, origin_of, origin_warnings
 from ddim_jax.metrics.statistics import FeatureStatistics, load_statistics
 from ddim_jax.metrics.table import METRICS, named_metrics
 from ddim_jax.parallel import everywhere, map_batches, over_devices
@@ -82,6 +83,8 @@ class Measure(NamedTuple):
     """Length of each output's vectors."""
     program: Program
     """For network.params."""
+    samples: Origin = Origin(lossy=0.0)
+    """How what is measured came to be; drawn images were never compressed."""
 
     @property
     def name(self) -> str:
@@ -143,38 +146,13 @@ class Measure(NamedTuple):
         """How many images are behind the metric's numbers, and its settings."""
         return metric.describe(states[metric.state], self.statistics.reference(metric))
 
-    def warning(
-        self, metric: Metric, states: dict[str, State], lossy: bool | None = False
-    ) -> str | None:
-        """What must be read with the metric's numbers, or None.
-
-        `lossy`: whether the samples were JPEG files or the like, which drawn ones never were; None
-        if nobody knows.
-        """
+    def warning(self, metric: Metric, states: dict[str, State]) -> str | None:
+        """What must be read with the metric's numbers, or None."""
         warnings = [metric.warning(states[metric.state], self.statistics.reference(metric))]
         if metric.needs_reference:
-            warnings.append(compression_warning(self.statistics.data, lossy))
+            of = self.statistics
+            warnings += origin_warnings(self.samples, origin_of(of.data, of.num_samples))
         return " ".join(filter(None, warnings)) or None
-
-
-def compression_warning(recipe: Mapping[str, Any], lossy: bool | None) -> str | None:
-    """A sentence where the images of one side alone were compressed with loss, as far as is known.
-
-    A public report has 5.80 for what was 2.50: feature networks see what JPEG does.
-    """
-    of_real = recipe.get("lossy_files")
-    if lossy is None or of_real is None or lossy == (of_real > 0):
-        return None
-    if lossy:
-        return (
-            "The samples were JPEG files or the like and the statistics' images were not: the "
-            "distance counts the compression. Write samples as PNG."
-        )
-    return (
-        f"The statistics are of images of which {of_real} were JPEG files or the like, at about "
-        "their size, and the samples were not: the distance counts the compression. Where there "
-        "are lossless originals, make the statistics of those."
-    )
 
 
 def number_shown(metric: Metric, number: Number, network: str) -> dict[str, Any]:
@@ -198,9 +176,14 @@ def open_network(
 
 
 def open_measures(
-    stats_paths: Sequence[str], options: MetricOptions, image_shape: tuple[int, int, int]
+    stats_paths: Sequence[str],
+    options: MetricOptions,
+    image_shape: tuple[int, int, int],
+    samples: Origin,
 ) -> list[Measure]:
     """One measure for each file of statistics; `feature_weights` are of the first that has any.
+
+    `samples` is how what is measured came to be.
 
     Raises ValueError for a missing file, for two statistics of one kind of feature, for statistics
     that another network made, and for a metric that the network or the file has nothing for.
@@ -223,7 +206,7 @@ def open_measures(
         _check_references(path, statistics, metrics, options)
         init_states(metrics, dims)  # refuses a metric of what the network does not give
         program = feature_program(network, metrics)
-        measures.append(Measure(network, statistics, metrics, dims, program))
+        measures.append(Measure(network, statistics, metrics, dims, program, samples))
     return measures
 
 

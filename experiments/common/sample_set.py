@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
 from jaxtyping import UInt8
 
 from common import pictures, times
@@ -25,11 +24,13 @@ from common.exact import exact
 from common.options import DataOptions
 from ddim_jax.checks import check_types
 from ddim_jax.data.folder import FolderSource
+from ddim_jax.data.images import opened
 from ddim_jax.data.load import load_images
-from ddim_jax.data.source import ImageSource, decoding_threads
+from ddim_jax.data.source import ImageSource, decoding_threads, facts_of
 from ddim_jax.files import clear_leftovers, differences, read_json, write_json, written_whole
+from ddim_jax.metrics.origin import NOT_CROPPED, Origin, origin_of
 from ddim_jax.paths import local_path
-from ddim_jax.runs import weights_called
+from ddim_jax.runs import Run, weights_called
 
 FORMAT = 1
 RECORD = "samples.json"
@@ -63,8 +64,10 @@ class SampleSet:
         return self.images / f"{index:0{self.content['digits']}d}.png"
 
     def missing(self) -> list[int]:
-        """The indices of the images that are not there."""
-        there = {path.name for path in self.images.glob("*.png")}
+        """The indices of the images that are not there, or have no bytes, as disks that lost power
+        leave them.
+        """
+        there = {path.name for path in self.images.glob("*.png") if path.stat().st_size > 0}
         return [i for i in range(self.num_images) if self.path(i).name not in there]
 
     def save(self, indices: Iterable[int], images: UInt8[np.ndarray, "N H W C"]) -> None:
@@ -76,7 +79,7 @@ class SampleSet:
     def read(self, num_images: int | None = None) -> Iterator[UInt8[np.ndarray, "H W C"]]:
         """The first images, all if None, one at a time."""
         for index in range(num_images or self.num_images):
-            with PIL.Image.open(self.path(index)) as image:
+            with opened(str(self.path(index)), str(self.path(index))) as image:
                 yield np.asarray(image).reshape(self.content["image_shape"])
 
     def save_npz(self, path: pathlib.Path) -> None:
@@ -119,6 +122,16 @@ class SampleSet:
             f"run {c['fingerprint_id']}",
         ]
         return ", ".join(filter(None, parts))
+
+
+def settings_of(run: Run, **asked: Any) -> dict[str, Any]:
+    """All that decides a set's images: what was asked for, by samples.json's names, and the run."""
+    return {
+        **asked,
+        "image_shape": run.spec.image_shape,
+        "fingerprint": run.fingerprint,
+        "fingerprint_id": run.fingerprint_id,
+    }
 
 
 def rule_of(sampler: str, eta: float | None) -> str:
@@ -259,8 +272,9 @@ def _check_files(wanted: SampleSet, files: Sequence[pathlib.Path]) -> None:
         )
 
 
-def open_images(name: str, options: DataOptions) -> tuple[ImageSource, str]:
-    """The images called `name`, one at a time in memory, and how many of what they are.
+def open_images(name: str, options: DataOptions) -> tuple[ImageSource, str, Origin]:
+    """The images called `name`, one at a time in memory, how many of what they are, and how they
+    came to be.
 
     Of a set with a samples.json what that says; of another folder the kinds of its files. Raises
     ValueError where `find` does, and what `load_images` does.
@@ -279,13 +293,16 @@ def open_images(name: str, options: DataOptions) -> tuple[ImageSource, str]:
     count = len(source)
     if samples is None:
         kinds = f" ({_kinds(source)})" if isinstance(source, FolderSource) else ""
-        return source, f"{count} images of {source.name}{kinds}"
+        origin = origin_of(facts_of(source), count)
+        if options.image_size is None and options.crop is None and origin.crop == NOT_CROPPED:
+            origin = origin._replace(crop=None)  # they may have been cropped before
+        return source, f"{count} images of {source.name}{kinds}", origin
     if count != samples.num_images:
         raise ValueError(
             f"{name} holds {count} images, and {samples.record} says {samples.num_images}; draw "
             "them anew."
         )
-    return source, f"{count} images of {samples.summary()}"
+    return source, f"{count} images of {samples.summary()}", Origin(lossy=0.0)
 
 
 def _kinds(source: FolderSource) -> str:

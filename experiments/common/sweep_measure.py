@@ -13,6 +13,7 @@ import numpy as np
 
 from common import pictures
 from common.progress import Progress as Bar
+from common.sample_set import RECORD, SampleSet, open_to_draw, settings_of
 from common.sweep_draw import Drawer, program_key
 from common.sweep_store import (
     Cell,
@@ -177,7 +178,8 @@ def _time_report(costs: Costs, write_report: Callable[[], None]) -> None:
 def _draw(sweep: Sweep, cell: Cell, name: str, batch_size: int, costs: Costs, bar: Bar) -> Progress:
     """Draw the cell from where it stands, until it is done or time is up."""
     measures, total = sweep.drawer.measures, sweep.num_samples
-    progress = load_progress(sweep.out, name, measures)
+    samples = _samples(sweep, cell, name, batch_size) if sweep.save_images else None
+    progress = _kept_progress(sweep, name, samples)
     bar.skip(progress.count * cell.network_calls())
     ahead = sweep.drawer.seconds_ahead(cell, progress.count)
     before, started = progress.seconds, time.monotonic() - ahead
@@ -195,8 +197,11 @@ def _draw(sweep: Sweep, cell: Cell, name: str, batch_size: int, costs: Costs, ba
         indices = indices[indices < total]
         images, finite, features = batch.first(len(indices))
         check_finite(finite)
-        if images is not None:
-            _keep_pictures(sweep, name, indices, np.asarray(images))
+        if images is not None and indices[0] == 0:
+            grid = np.asarray(images[:GRID_IMAGES])
+            pictures.save_grid(sweep.out / "samples" / f"{name}.png", grid)
+        if images is not None and samples is not None:
+            samples.save(indices, np.asarray(images))
         states = {
             measure.name: measure.update(
                 progress.states[measure.name], features[measure.name], indices
@@ -211,7 +216,35 @@ def _draw(sweep: Sweep, cell: Cell, name: str, batch_size: int, costs: Costs, ba
             save_progress(sweep.out, name, progress)
     if batches:
         save_progress(sweep.out, name, progress)
+    if samples is not None and progress.count >= total and not samples.complete:
+        samples.finished()
     return progress
+
+
+def _samples(sweep: Sweep, cell: Cell, name: str, batch_size: int) -> SampleSet:
+    """Where the cell's images go, one by one."""
+    images = sweep.out / "images" / name
+    settings = settings_of(
+        sweep.drawer.run,
+        seed=cell.seed,
+        num_sample_steps=cell.num_steps,
+        spacing=cell.spacing,
+        sampler=cell.sampler,
+        eta=cell.eta,
+        label=None,
+        guidance_scale=cell.guidance_scale,
+        batch_size=batch_size,
+    )
+    return open_to_draw(images / RECORD, images, settings, sweep.num_samples, digits=6)
+
+
+def _kept_progress(sweep: Sweep, name: str, samples: SampleSet | None) -> Progress:
+    """What was kept of a cell; nothing where images are wanted that it is of, and not there."""
+    progress = load_progress(sweep.out, name, sweep.drawer.measures)
+    if samples is None or all(i >= progress.count for i in samples.missing()):
+        return progress
+    print(f"{name} is drawn anew, since images of it are missing in {samples.images}", flush=True)
+    return Progress(0, 0.0, {measure.name: measure.init() for measure in sweep.drawer.measures})
 
 
 def _in_time(
@@ -227,12 +260,3 @@ def _in_time(
         if number > 0 and not sweep.clock.has(seconds):
             return
         yield indices
-
-
-def _keep_pictures(sweep: Sweep, name: str, indices: np.ndarray, images: np.ndarray) -> None:
-    """The grid of the first images; every image if asked for."""
-    if indices[0] == 0:
-        pictures.save_grid(sweep.out / "samples" / f"{name}.png", images[:GRID_IMAGES])
-    if sweep.save_images:
-        for i, image in zip(indices, images, strict=True):
-            pictures.save_png(sweep.out / "images" / name / f"{i:06d}.png", image)

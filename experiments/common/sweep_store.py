@@ -106,13 +106,18 @@ class Progress(NamedTuple):
 
 
 def sweep_settings(
-    run: Run, measures: Sequence[Measure], num_samples: int, kept_features: int
+    run: Run,
+    measures: Sequence[Measure],
+    num_samples: int,
+    kept_features: int,
+    save_images: bool,
 ) -> dict[str, Any]:
-    """What every cell of a sweep has in common, and decides its numbers."""
+    """What every cell of a sweep has in common, and decides its numbers, or its files."""
     return {
         "format": FORMAT,
         "num_samples": num_samples,
         "kept_features": kept_features,
+        "save_images": save_images,
         "measures": {column: f for measure in measures for column, f in measure.facts().items()},
         "fingerprint": run.fingerprint,
         "fingerprint_id": run.fingerprint_id,
@@ -159,6 +164,7 @@ def find_settings(
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} does not describe a sweep: {error!r}. {way_out}") from error
         wanted = sweep_format_1.comparable(wanted, run)
+    there.setdefault("save_images", (out / "images").is_dir())
     wanted = {**wanted, "batch_size": batch_size or there.get("batch_size")}
     ignored = {"format", "fingerprint_id", "spacing", "seed"}  # the latter two are the cells'
     ignored |= {*ABOUT}
@@ -183,6 +189,7 @@ _SETTINGS = {
     **dict.fromkeys(("measures", "fingerprint", "weights"), dict),
     **dict.fromkeys(("spacing", "model", "command"), str),
     "cells": list,
+    "save_images": bool,
     **dict.fromkeys(("paper", "begun"), str | None),
 }
 
