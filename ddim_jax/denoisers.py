@@ -237,8 +237,8 @@ def _is_cut_far_outside(
     here, farther, opposite = values
     low, high = values.min(), values.max()
     by_direction = jnp.all((abs(here - farther) < 1e-2) & (abs(here - opposite) > 2e-2))
-    # A few are on their way from one end to the other.
-    at_ends = jnp.mean(jnp.minimum(abs(values - low), abs(values - high)) < 1e-2) > 0.9
+    # Some are on their way from one end to the other, where the network is far from linear.
+    at_ends = jnp.mean(jnp.minimum(abs(values - low), abs(values - high)) < 1e-2) > 0.5
     at_ends &= jnp.any(values.max(axis=0) - values.min(axis=0) > 2e-2)
 
     def has_kink() -> jax.Array:
