@@ -243,7 +243,8 @@ def _is_cut_far_outside(
 
     def has_kink() -> jax.Array:
         # Values within the last twentieth, and still growing, are many where tanh saturates: a
-        # factor of four of the distance lies there. Clipping's are few; what rescales grows no more.
+        # factor of four of the distance lies there. Clipping's are few, and what rescales grows no
+        # more.
         grid = jax.lax.map(x0, 2.0 ** jnp.arange(-9.0, 2.0))
         relative = (grid - low) / (high - low)
         relative = jnp.maximum(relative, 1 - relative)
