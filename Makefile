@@ -1,9 +1,10 @@
 # Every target sets itself up: a fresh clone needs only Python 3.11 or newer and make.
 PYTHON ?= python3
 VENV := .venv
+LATEST := .venv-latest
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-slow check format clean
+.PHONY: help setup demo test test-slow test-latest check format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +27,15 @@ test: setup  ## the fast tests, shapes and types checked at run time
 
 test-slow: setup  ## the tests that take minutes: full-size networks, kill and resume
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -q -m slow \
+	  --jaxtyping-packages=ddim_jax,beartype.beartype
+
+test-latest:  ## the fast tests on the newest of everything, without constraints.txt
+	test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --upgrade pip
+	$(LATEST)/bin/python -m pip install --upgrade --upgrade-strategy eager \
+	  --editable '.[experiments,dev]'
+	$(LATEST)/bin/python -m pip list | grep -iE '^(jax|flax|optax|orbax|numpy)'
+	JAX_PLATFORMS=cpu $(LATEST)/bin/python -m pytest -q -n 2 -m "not slow" \
 	  --jaxtyping-packages=ddim_jax,beartype.beartype
 
 check: setup  ## what CI promises: format, lint, types, fast tests

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -29,24 +30,30 @@ SEAL = "seal"
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file so that a kill, a full disk or a power cut leaves the old content or the new.
 
-    When writing fails nothing new stays in the folder; a kill may leave a `.new` file beside it.
+    When writing fails nothing new stays in the folder. A kill may leave a `.new` file beside it,
+    which the next call for the same file deletes.
     """
+    path = local_path(path)
+    for new in path.parent.glob(f"{glob.escape(path.name)}.*.new"):
+        if _LEFT_BY_A_KILL.search(new.name):
+            _delete_if_left(new)
     with written_whole(path) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """The same for content that comes piece by piece: a file to write it to."""
+    """The same for content that comes piece by piece, and into folders of many files, in which it
+    looks for nothing: a file to write it to.
+    """
     path = local_path(path)
-    # A name of its own, for two processes may write the same file.
-    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    new, file = _new_beside(path)
     try:
-        with new.open("xb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(new, path)
+            os.replace(new, path)
     except OSError as error:
         new.unlink(missing_ok=True)
         if error.errno is None or error.filename not in (None, str(new)):
@@ -56,6 +63,39 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         new.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _new_beside(path: pathlib.Path) -> tuple[pathlib.Path, BinaryIO]:
+    """A file to write to, held as long as it is open, where the file system has locks."""
+    while True:
+        # A name of its own, for two processes may write the same file.
+        new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+        try:
+            file = new.open("xb")
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        _lock(file)
+        if new.exists():
+            return new, file
+        file.close()  # between the two lines another process took it for a dead one's
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Hold an open file until it is closed or the process dies; whether that was possible."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another holds it, or the file system has no locks
+        return False
+    return True
+
+
+def _delete_if_left(new: pathlib.Path) -> None:
+    """Delete a file that a process was writing which is dead, so that nobody holds it."""
+    with contextlib.suppress(FileNotFoundError, PermissionError), new.open("rb") as file:
+        if _lock(file):
+            new.unlink(missing_ok=True)
 
 
 def write_json(

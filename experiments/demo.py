@@ -13,7 +13,7 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import fid_sweep
@@ -322,51 +322,58 @@ def _draw_denoising(path: pathlib.Path, run: Run, seed: int) -> None:
 
 
 def _who_is_ahead(lines: Lines) -> str:
-    """Whether DDIM has the smallest distance at each S, or who else, and by how much."""
+    """Where DDIM has the smallest distance, where another has, and by how much of the spread."""
     titles, pooled, sentences = rows_of(lines), over_seeds(lines), []
     for name in scores(lines):
-        ahead, clauses = [], []
+        nearest, close, before_ddpm, clauses = [], [], [], []
         for num_steps in steps_of(lines):
             cells = [x for x in pooled if x["S"] == num_steps]
             plain = next(x for x in cells if x["eta"] == 0)
-            others = [x for x in cells if x is not plain]
-            best = min(others, key=lambda x: x["values"][name])
-            gap = best["values"][name] - plain["values"][name]
+            best = min((x for x in cells if x is not plain), key=lambda x: x["values"][name])
+            gap, spread = _gap(name, plain, best)
             if abs(gap) < 1e-3 * plain["values"][name]:
                 clauses.append(f"at S = {num_steps} {titles[row_of(best)]} is as near")
-            elif gap > 0 and _is_beyond(gap, name, best, plain) is not False:
-                ahead.append(str(num_steps))
+            elif gap > 0:
+                nearest.append(num_steps)
+                close += [num_steps] if spread is not None and gap <= spread else []
             else:
-                who = "it" if gap > 0 else titles[row_of(best)]
-                spread = _by_seeds(abs(gap), name, best, plain)
-                clauses.append(f"at S = {num_steps} {who} is, by {abs(gap):.2g}, {spread}")
-        first = (
-            f"DDIM is ahead at S = {', '.join(ahead)}" if ahead else "DDIM is never clearly ahead"
-        )
+                clauses.append(
+                    f"at S = {num_steps} {titles[row_of(best)]} is, by {-gap:.2g}"
+                    f"{_of_the_spread(-gap, spread)}"
+                )
+            for ddpm in (x for x in cells if x["eta"] == 1):
+                gap, spread = _gap(name, plain, ddpm)
+                before_ddpm += [num_steps] if spread is not None and gap > spread else []
+        first = f"DDIM is nearest at S = {_listed(nearest)}" if nearest else "DDIM is never nearest"
+        if close:
+            where = "" if close == nearest else f" at S = {_listed(close)}"
+            first += f",{where} by less than the seeds' spread"
+        if before_ddpm:
+            clauses.append(
+                f"of DDPM it is ahead by more than the spread at S = {_listed(before_ddpm)}"
+            )
         sentences.append(f"By {name} {'; '.join([first, *clauses])}.")
     if len({line["seed"] for line in lines}) == 1:
         sentences.append("Of one seed nobody knows how much is chance.")
     return " ".join(sentences)
 
 
-def _is_beyond(gap: float, name: str, one: Line, other: Line) -> bool | None:
-    """Whether the gap of two means is larger than the spread of both; None of one seed."""
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _gap(name: str, one: Line, other: Line) -> tuple[float, float | None]:
+    """By how much the other is farther, and the spread of both; None of one seed."""
+    gap = other["values"][name] - one["values"][name]
     if not (one["spread"] and other["spread"]):
-        return None
-    return gap > _spread(name, one, other)
+        return gap, None
+    return gap, (one["spread"][name] ** 2 + other["spread"][name] ** 2) ** 0.5
 
 
-def _spread(name: str, one: Line, other: Line) -> float:
-    return (one["spread"][name] ** 2 + other["spread"][name] ** 2) ** 0.5
-
-
-def _by_seeds(gap: float, name: str, one: Line, other: Line) -> str:
-    beyond = _is_beyond(gap, name, one, other)
-    if beyond is None:
-        return "of one seed"
-    return (
-        f"{'beyond' if beyond else 'within'} the seeds' spread of {_spread(name, one, other):.2g}"
-    )
+def _of_the_spread(gap: float, spread: float | None) -> str:
+    if spread is None:
+        return ""
+    return f", {'within' if gap <= spread else 'beyond'} the seeds' spread of {spread:.2g}"
 
 
 def _report(

@@ -36,24 +36,27 @@ def test_who_is_ahead_is_said_with_the_gap_and_the_spread_of_both():
     """At S = 20 means 3 and 1.5, variances 2 and 1/2: a gap of 1.5 and a spread of 2.5 ** 0.5."""
     lines = table(10, (1, 3), (4, 6)) + table(20, (2, 4), (1, 2)) + table(50, (9, 9.1), (1, 1.1))
     assert demo._who_is_ahead(lines) == (
-        "By fd DDIM is ahead at S = 10; at S = 20 eta = 0.5 is, by 1.5, within the seeds' spread "
+        "By fd DDIM is nearest at S = 10; at S = 20 eta = 0.5 is, by 1.5, within the seeds' spread "
         "of 1.6; at S = 50 eta = 0.5 is, by 8, beyond the seeds' spread of 0.1."
     )
     said = demo._who_is_ahead(table(5, (2, 4), (1, 2)))
-    assert said.startswith("By fd DDIM is never clearly ahead; at S = 5 eta = 0.5 is, by 1.5")
-    # Ahead within the spread is no more ahead than behind within it.
+    assert said.startswith("By fd DDIM is never nearest; at S = 5 eta = 0.5 is, by 1.5, within")
+    # Nearest within the spread is said to be no more than that.
     assert demo._who_is_ahead(table(5, (1, 2), (2, 4))) == (
-        "By fd DDIM is never clearly ahead; at S = 5 it is, by 1.5, within the seeds' spread of "
-        "1.6."
+        "By fd DDIM is nearest at S = 5, by less than the seeds' spread."
     )
     assert "at S = 1 eta = 0.5 is as near" in demo._who_is_ahead(table(1, (7, 8), (7, 8)))
+    # Of DDPM, here 10 and 12, it is ahead by 8, the spread being 2.
+    ddpm = [cell(20, 1.0, 0, 10), cell(20, 1.0, 1, 12)]
+    said = demo._who_is_ahead(table(20, (2, 4), (1, 2)) + ddpm)
+    assert said.endswith("; of DDPM it is ahead by more than the spread at S = 20.")
 
 
 def test_of_one_seed_no_spread_is_said():
     lines = [line for line in table(10, (1, 3), (4, 6)) if line["seed"] == 0]
     lines += [line for line in table(20, (5, 3), (4, 6)) if line["seed"] == 0]
     assert demo._who_is_ahead(lines) == (
-        "By fd DDIM is ahead at S = 10; at S = 20 eta = 0.5 is, by 1, of one seed. "
+        "By fd DDIM is nearest at S = 10; at S = 20 eta = 0.5 is, by 1. "
         "Of one seed nobody knows how much is chance."
     )
 

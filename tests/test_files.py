@@ -19,6 +19,7 @@ from ddim_jax.files import (
     read_json,
     read_npz,
     write_whole,
+    written_whole,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -403,3 +404,18 @@ def test_what_a_kill_left_is_deleted_by_the_next_who_holds_the_folder(tmp_path):
     with only_one_process(tmp_path):
         pass
     assert all(path.exists() for path in kept) and not any(path.exists() for path in left)
+
+
+def test_what_a_kill_left_of_a_file_is_deleted_by_the_next_who_writes_it(tmp_path):
+    path = tmp_path / "s [1].npz"
+    left = path.with_name("s [1].npz.0123abcd.new")
+    kept = [tmp_path / "s 1.npz.0123abcd.new", tmp_path / "other.npz.0123abcd.new"]
+    for file in (left, *kept):
+        file.write_bytes(b"half")
+    with written_whole(path) as file:  # another process, which is at it
+        (live,) = {p for p in tmp_path.iterdir() if p.name.startswith(path.name)} - {left}
+        write_whole(path, b"ours")
+        assert live.exists() and not left.exists()
+        file.write(b"theirs")
+    assert path.read_bytes() == b"theirs" and all(other.exists() for other in kept)
+    assert sorted(tmp_path.iterdir()) == sorted([path, *kept])

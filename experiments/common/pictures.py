@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-from ddim_jax.files import write_whole
+from ddim_jax.files import written_whole
 
 
 def tile(
@@ -63,7 +63,8 @@ def _save(path: pathlib.Path, image: PIL.Image.Image, kind: str, **options: Any)
     file = io.BytesIO()
     image.save(file, kind, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, file.getvalue())
+    with written_whole(path) as whole:
+        whole.write(file.getvalue())
 
 
 def _to_pil(picture: UInt8[np.ndarray, "H W C"]) -> PIL.Image.Image:

@@ -5,6 +5,7 @@ import random
 import shutil
 
 import hurt
+import machines
 import pytest
 
 pytest.importorskip("tyro")
@@ -20,6 +21,15 @@ def test_training_killed_three_times_ends_as_ever(ready):
     folder, jobs = ready
     figures = hurt.kill_often(folder, jobs["train"], "train", 3, random.Random(1))
     assert figures.kills == 3 and figures.wrong == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", machines.FOLDERS)
+@pytest.mark.parametrize("kind", machines.KINDS)
+def test_another_machine_is_the_same_end(ready, kind, job):
+    folder, jobs = ready
+    place = folder / kind.replace(" ", "_") / job
+    assert not machines.change(place, jobs[job], machines.KINDS[kind], 2, random.Random(0))
 
 
 @pytest.mark.slow
