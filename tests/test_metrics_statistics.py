@@ -195,6 +195,17 @@ def test_altered_states_and_newer_formats_are_refused(with_states, tmp_path):
         load_statistics(path)
 
 
+def test_what_is_not_finite_is_refused_when_it_is_opened(with_states, tmp_path):
+    """Not after the first cell of a sweep is drawn."""
+    path, spoilt = tmp_path / "stats.npz", {}
+    for name, state in with_states.states.items():
+        spoilt[name] = {key: np.array(array) for key, array in state.items()}
+    spoilt["kept_pool"]["kept_pool.features"][3, 2] = np.inf
+    save_statistics(path, dataclasses.replace(with_states, states=spoilt))
+    with pytest.raises(ValueError, match="stats.npz must hold finite numbers; kept_pool.features"):
+        load_statistics(path)
+
+
 def test_files_without_a_format_number_open_as_they_did(statistics, tmp_path):
     # As the first version wrote them: no format, no states.
     metadata = {

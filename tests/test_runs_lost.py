@@ -147,7 +147,10 @@ fit(dataclasses.replace(SMALL, workdir=sys.argv[1], max_steps=int(sys.argv[2])))
     assert process.returncode == 0, errors
     assert f"{number.name}: finishing this step and saving it" in errors
     step = newest_step(folder)
-    assert step is not None and f"step {step} is in {folder}; call again" in out
+    assert (
+        step is not None
+        and f"step {step} is in {folder}; stopped, {number.name}: call again" in out
+    )
     fit(of(folder, max_steps=step + 2, checkpoint_every=100))
     fit(of(tmp_path / "straight", max_steps=step + 2, checkpoint_every=100))
     assert_same_bits(folder, tmp_path / "straight")

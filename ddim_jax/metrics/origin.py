@@ -29,7 +29,7 @@ def origin_of(facts: Mapping[str, Any], num_images: int | None) -> Origin:
         crop = crop.get("name")
     elif lossy is not None:
         crop = NOT_CROPPED
-    share = min(lossy / num_images, 1.0) if lossy is not None and num_images else None
+    share = min(lossy / num_images, 1.0) if isinstance(lossy, int) and num_images else None
     return Origin(share, crop)
 
 

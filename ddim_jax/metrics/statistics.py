@@ -282,6 +282,12 @@ def load_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
         ) from error
     if want not in (None, statistics.content_hash) or hashes != statistics.state_hashes:
         raise ValueError(f"{path} was altered: its arrays are not those that its metadata name.")
+    for name, array in (pair for state in statistics.states.values() for pair in state.items()):
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            raise ValueError(
+                f"{path} must hold finite numbers; {name} has NaN or infinity in it. Make it again, "
+                "with a feature network whose weights are finite."
+            )
     return statistics
 
 

@@ -106,6 +106,8 @@ class TrainConfig:
     on."""
     checkpoint_every: int = option(5_000, at_least=1, may_change=True)
     """Updates between two checkpoints."""
+    checkpoint_minutes: float | None = option(None, at_least=0, may_change=True)
+    """Minutes between two checkpoints, besides those of checkpoint_every."""
     keep_checkpoints: int = option(3, at_least=1, may_change=True)
     """How many checkpoints to keep, the newest."""
     keep_every: int = option(0, at_least=0, may_change=True)

@@ -70,7 +70,8 @@ def fit(config: TrainConfig, watchers: Sequence[Watcher] = ()) -> None:
     """Train to config.max_steps, or for config.max_seconds, leaving a checkpoint in config.workdir.
 
     A run found there is resumed, to the same bits as one that was never stopped. Losses go to
-    metrics.jsonl and to the watchers. SIGTERM and SIGINT finish the step, save it and return.
+    metrics.jsonl and to the watchers. SIGTERM and SIGINT finish the step, save it and return; so
+    do all hosts when one of them is told to, or its time is up.
     Several hosts (`distributed`) must share the workdir, have equally many devices and be given the
     same settings and images. Each has its own process_id, and may spell or place `workdir`, `data`,
     `data_dir` and `coordinator` otherwise. They compare settings, images, versions, what is in the
@@ -96,7 +97,7 @@ def _fit(config: TrainConfig, watchers: Sequence[Watcher], started: float) -> No
     key = seed_key(config.seed)
     template = parallel.together(lambda: jax.eval_shape(job.init, key, weights))
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_stop_signals())
+        stop = stack.enter_context(stop_signals("finishing this step and saving it"))
         first = jax.process_index() == 0
         parallel.together(lambda: first and stack.enter_context(only_one_process(job.workdir)))
         agree_on_workdir(job.workdir)
@@ -108,13 +109,6 @@ def _fit(config: TrainConfig, watchers: Sequence[Watcher], started: float) -> No
         _announce(job, template, start)
         if start < config.max_steps:
             _train(job, replicas, start, checkpointer, watchers, started, stop)
-
-
-def _stop_signals() -> contextlib.AbstractContextManager[Stop]:
-    """On several hosts nobody notes them: one that stopped by itself would leave the others."""
-    if jax.process_count() > 1:
-        return contextlib.nullcontext(Stop())
-    return stop_signals("finishing this step and saving it")
 
 
 def _first_replicas(
@@ -277,7 +271,7 @@ def _train(
     preview = _preview_program(job) if config.sample_every else None
     max_seconds = float("inf") if config.max_seconds is None else config.max_seconds
     before = None  # step and metrics of the update before this one
-    step, last = start, False
+    step, last, is_due = start, False, _every_minutes(config.checkpoint_minutes, config.log_every)
     with contextlib.ExitStack() as stack:
         # It may find lines that are damaged.
         log = parallel.together(lambda: stack.enter_context(_log(job, start, watchers)))
@@ -288,8 +282,10 @@ def _train(
                 log.write(*before)  # one step late, so that the device never waits
             before = (step, metrics)
             done = step == config.max_steps
-            last = done or stop.asked or time.monotonic() - started > max_seconds
-            saves = last or step % config.checkpoint_every == 0
+            if time.monotonic() - started > max_seconds:
+                stop.ask("time is up")
+            last = stop.at(step) or done
+            saves = last or step % config.checkpoint_every == 0 or is_due(step)
             saves |= config.keep_every > 0 and step % config.keep_every == 0
             draws = preview is not None and (done or step % config.sample_every == 0)
             # Lines and images come before the checkpoint: a run that is killed in between does
@@ -310,7 +306,25 @@ def _train(
                 checkpointer.save(step, parallel.unreplicate(replicas))
     if stop.asked:
         checkpointer.wait()
-    print(f"step {step} is in {job.workdir}" + ("" if done else "; call again"), flush=True)
+    why = "" if done else f"; stopped, {stop.name}: call again"
+    print(f"step {step} is in {job.workdir}{why}", flush=True)
+
+
+def _every_minutes(minutes: float | None, log_every: int) -> Callable[[int], bool]:
+    """(step) -> whether that is long ago. Of several hosts the first one's clock says so, and the
+    others ask it where a line is written.
+    """
+    since = time.monotonic()
+
+    def is_due(step: int) -> bool:
+        nonlocal since
+        if minutes is None or (jax.process_count() > 1 and step % log_every):
+            return False
+        due = parallel.gather(str(time.monotonic() - since > 60 * minutes))[0] == "True"
+        since = time.monotonic() if due else since
+        return due
+
+    return is_due
 
 
 def _batches(job: _Job, start: int) -> Iterator[Any]:

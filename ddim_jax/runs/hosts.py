@@ -36,8 +36,6 @@ def join(config: Config) -> Config:
 
 def _usable(config: Config) -> Config:
     config.check()
-    if config.max_seconds is not None and jax.process_count() > 1:
-        raise ValueError("max_seconds must be None with several hosts: their clocks differ.")
     parallel.check_batch_size(config.batch_size, config.num_microbatches)
     return as_begun(with_local_paths(config))
 
