@@ -285,8 +285,8 @@ def load_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
     for name, array in (pair for state in statistics.states.values() for pair in state.items()):
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
             raise ValueError(
-                f"{path} must hold finite numbers; {name} has NaN or infinity in it. Make it again, "
-                "with a feature network whose weights are finite."
+                f"{path} must hold finite numbers; {name} has NaN or infinity in it. Make it "
+                "again, with a feature network whose weights are finite."
             )
     return statistics
 

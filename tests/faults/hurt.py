@@ -90,7 +90,7 @@ def _checkpoints(out: pathlib.Path) -> dict[str, object]:
     return found
 
 
-def _train_content(out: pathlib.Path) -> dict[str, object]:
+def training_content(out: pathlib.Path) -> dict[str, object]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     losses = {f"line {i}": {k: x[k] for k in ("step", "loss")} for i, x in enumerate(lines)}
     return {**_checkpoints(out), **losses, **_pngs(out / "samples")}
@@ -114,7 +114,7 @@ def jobs(model: pathlib.Path, statistics: pathlib.Path, foreign: pathlib.Path) -
     """What is hurt, by name; of a small model, its data's statistics, and weights in a folder."""
     of_model = ("--workdir", str(model))
     return {
-        "train": Job(lambda out: [*TRAIN, "--workdir", str(out)], _train_content),
+        "train": Job(lambda out: [*TRAIN, "--workdir", str(out)], training_content),
         "sweep": Job(
             lambda out: [
                 *("fid_sweep.py", *of_model, "--stats", str(statistics), "--out", str(out)),

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 
+import hosts
 import hurt
 import machines
 import pytest
@@ -59,4 +60,10 @@ def test_kills(ready, name, kills):
 def test_signals(ready, name):
     folder, jobs = ready
     figures = hurt.signal_often(folder / "s", jobs[name], name, 10, random.Random(0))
+    assert figures.wrong == []
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together(tmp_path):
+    figures = hosts.stop_often(tmp_path, 3, random.Random(0))
     assert figures.wrong == []
