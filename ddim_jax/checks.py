@@ -100,6 +100,58 @@ def check_floating(name: str, x: jax.Array | np.ndarray) -> None:
         )
 
 
+def check_is(name: str, value: object, kind: type | tuple[type, ...], what: str) -> None:
+    """Raise ValueError unless `value` is an instance of the kind, which is `what` in words."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be {what}; got {_kind(value)}.")
+
+
+def check_array(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is an array of NumPy's or JAX's."""
+    check_is(name, value, (np.ndarray, jax.Array), "an array")
+
+
+def check_vectors(name: str, x: Any, length: int | None = None) -> None:
+    """Raise ValueError unless `x` is an array of floats of shape (N, D), D at least 1.
+
+    D is `length` where that is given.
+    """
+    check_array(name, x)
+    if x.ndim != 2 or x.shape[1] == 0 or (length is not None and x.shape[1] != length):
+        wanted = "D), D at least 1" if length is None else f"{length})"
+        raise ValueError(f"{name} must have shape (N, {wanted}; got {x.shape}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating point; got dtype {x.dtype}.")
+
+
+def check_indices(name: str, indices: Any) -> None:
+    """Raise ValueError unless they are integers (B,) and, known on the host, in [0, 2**32)."""
+    known = indices if isinstance(indices, jax.Array) else np.asarray(indices)
+    if known.ndim != 1 or not jnp.issubdtype(known.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must be a vector (B,) of integers, which name the images; got shape "
+            f"{known.shape} and dtype {known.dtype}. For the first 4: jnp.arange(4)."
+        )
+    if isinstance(known, np.ndarray) and known.size and not 0 <= known.min() <= known.max() < 2**32:
+        raise ValueError(
+            f"{name} must be in [0, 2**32), 32 bits; got {known.min()} to {known.max()}."
+        )
+
+
+def check_grey_levels(name: str, images: Any, num_axes: int | None = None) -> None:
+    """Raise ValueError unless `images` is an array of uint8, of so many axes and some image."""
+    check_array(name, images)
+    if images.dtype != np.uint8:
+        raise ValueError(
+            f"{name} must be uint8, grey levels 0 to 255; got dtype {images.dtype}. From floats in "
+            "[-1, 1]: ddim_jax.data.to_uint8(x)."
+        )
+    if num_axes is not None and (images.ndim != num_axes or 0 in images.shape):
+        raise ValueError(
+            f"{name} must have shape (N, H, W, C), none of them 0; got {images.shape}."
+        )
+
+
 def check_finite(name: str, array: Any, way_out: str) -> None:
     """Raise ValueError, ending in `way_out`, if `array` on the host holds NaN or infinity."""
     array = np.asarray(array)
@@ -153,6 +205,7 @@ def check_types(content: Mapping[str, Any], kinds: Mapping[str, Any], way_out: s
     Mapping, None, tuple[int, ...] (a list in JSON), Literal, unions of those. "weights.kind" is an
     entry of an entry. Keys that are absent, and those not in `kinds`, are not looked at.
     """
+    check_is("the content", content, Mapping, "a mapping of names to values")
     for key, kind in kinds.items():
         *outer, last = key.split(".")
         place: Any = content

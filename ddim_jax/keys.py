@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from ddim_jax.checks import check_floating, check_seed
+from ddim_jax.checks import check_floating, check_indices, check_seed
 from ddim_jax.types import PRNGKey, Time
 
 Indices = Int[Array, "B"] | Int[np.ndarray, "B"]
@@ -43,17 +43,8 @@ def image_keys(key: PRNGKey, indices: Indices) -> Key[Array, "B"]:
 
 def as_indices(indices: Indices) -> jax.Array:
     """Names of images as an array (B,); ValueError for what is none, or would be another's."""
-    known = indices if isinstance(indices, jax.Array) else np.asarray(indices)
-    if known.ndim != 1 or not jnp.issubdtype(known.dtype, jnp.integer):
-        raise ValueError(
-            "indices must be a vector (B,) of integers, which name the images; got shape "
-            f"{known.shape} and dtype {known.dtype}. For the first 4: jnp.arange(4)."
-        )
-    if isinstance(known, np.ndarray) and known.size and not 0 <= known.min() <= known.max() < 2**32:
-        raise ValueError(
-            f"indices must be in [0, 2**32), 32 bits; got {known.min()} to {known.max()}."
-        )
-    return jnp.asarray(known)
+    check_indices("indices", indices)
+    return jnp.asarray(indices)
 
 
 def initial_noise(

@@ -41,6 +41,8 @@ def expanded(path: str | os.PathLike[str], name: str = "path") -> str:
     Raises ValueError, which calls it `name`, for an empty one, for a remote one such as
     gs://bucket/run, and for the `~` of an unknown user.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{name} must be a path, or text; got {type(path).__name__}.")
     text = os.fspath(path)
     if not text:
         raise ValueError(f"{name} must be a path; got ''. The folder you are in is '.'.")

@@ -11,8 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from ddim_jax.checks import check_types
-from ddim_jax.convert.tensors import Params, StateDict, TorchName, from_torch, to_torch
+from ddim_jax.checks import check_is, check_types
+from ddim_jax.convert.tensors import (
+    Params,
+    StateDict,
+    TorchName,
+    check_network,
+    from_torch,
+    to_torch,
+)
 from ddim_jax.unet import UNet, parameter_shapes
 
 
@@ -23,6 +30,8 @@ def diffusers_to_flax(state_dict: StateDict, model: UNet, image_size: int) -> Pa
     (query, key, value, proj_attn) are read too. Raises ValueError, listing what differs, unless
     the two fit exactly.
     """
+    check_network(model, image_size)
+    check_is("state_dict", state_dict, Mapping, "a mapping of names to arrays")
     renamed = {_current_name(name): array for name, array in state_dict.items()}
     image_shape = (image_size, image_size, model.image_channels)
     return from_torch(renamed, parameter_shapes(model, image_shape), _name_for(model))
@@ -30,6 +39,7 @@ def diffusers_to_flax(state_dict: StateDict, model: UNet, image_size: int) -> Pa
 
 def flax_to_diffusers(params: Params, model: UNet) -> dict[str, np.ndarray]:
     """State dict with the names of a `UNet2DModel`: `diffusers_to_flax` backwards."""
+    check_is("model", model, UNet, "a UNet")
     return to_torch(params, _name_for(model), conv_1x1=frozenset({"nin_shortcut"}))
 
 

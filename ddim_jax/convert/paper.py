@@ -18,6 +18,7 @@ from ddim_jax.convert.prefixes import without_prefix
 from ddim_jax.convert.tensors import (
     Params,
     StateDict,
+    check_network,
     from_torch,
     is_torch_state_dict,
     read_torch,
@@ -37,6 +38,7 @@ def paper_to_flax(state_dict: StateDict, model: UNet, image_size: int) -> Params
     `state_dict` has the paper code's names and torch's layouts. `image_size` is the one the network
     was trained at. Raises ValueError, listing what differs, unless the two fit exactly.
     """
+    check_network(model, image_size)
     image_shape = (image_size, image_size, model.image_channels)
     return from_torch(state_dict, parameter_shapes(model, image_shape), _paper_name)
 

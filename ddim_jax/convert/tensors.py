@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.checks import check_finite_weights
+from ddim_jax.checks import check_array, check_count, check_finite_weights, check_is
 from ddim_jax.files import write_whole
+from ddim_jax.unet import UNet
 
 Params = Any
 """What `model.init` returns under "params": nested dicts of arrays."""
@@ -33,6 +34,9 @@ def from_torch(state_dict: StateDict, shapes: Params, torch_name: TorchName) -> 
 
     Raises ValueError unless the state dict holds exactly these parameters in these shapes, finite.
     """
+    check_is("state_dict", state_dict, Mapping, "a mapping of names to arrays")
+    for name, array in state_dict.items():
+        check_array(f"state_dict[{name!r}]", array)
     leaves, treedef = jax.tree.flatten_with_path(shapes)
     wanted = {}  # torch name -> is it a kernel, shape in torch's layout
     for path, leaf in leaves:
@@ -52,13 +56,24 @@ def from_torch(state_dict: StateDict, shapes: Params, torch_name: TorchName) -> 
     return jax.tree.unflatten(treedef, params)
 
 
+def check_network(model: object, image_size: int) -> None:
+    """Raise ValueError unless `model` is a UNet, and the size a number of pixels."""
+    check_is("model", model, UNet, "a UNet")
+    check_count("image_size", image_size)
+
+
 def to_torch(
     params: Params, torch_name: TorchName, conv_1x1: frozenset[str]
 ) -> dict[str, np.ndarray]:
     """State dict in torch's layouts; dense layers named in `conv_1x1` become 1x1 convolutions."""
+    check_is("params", params, Mapping, "nested dicts of arrays, such as model.init gives")
+    if not jax.tree.leaves(params):
+        raise ValueError("params must hold arrays; got none.")
     state_dict = {}
     for path, leaf in jax.tree.leaves_with_path(params):
-        names, array = _names(path), np.asarray(leaf)
+        names = _names(path)
+        check_array("/".join(("params", *names)), leaf)
+        array = np.asarray(leaf)
         if names[-1] == "kernel":
             array = np.ascontiguousarray(_torch_layout(array))
             if array.ndim == 2 and names[-2] in conv_1x1:

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
+from ddim_jax.checks import check_count, check_is
 from ddim_jax.data.content import content_of
 from ddim_jax.data.crops import Crop
 from ddim_jax.data.source import ArraySource
@@ -98,6 +99,7 @@ def pixels_of(image: PIL.Image.Image, shape: tuple[int, int, int]) -> UInt8[np.n
 
 def cropped(source: ArraySource, crop: Crop) -> ArraySource:
     """The same with that part of each image. Raises ValueError for images of another size."""
+    check_is("source", source, ArraySource, "an ArraySource")
     height, width = source.image_shape[:2]
     crop.check_size((width, height), source.name)
     left, top, right, bottom = crop.box
@@ -108,6 +110,8 @@ def cropped(source: ArraySource, crop: Crop) -> ArraySource:
 
 def resized(source: ArraySource, size: int) -> ArraySource:
     """The same with square images of that side, channel by channel; see `resize_and_crop`."""
+    check_is("source", source, ArraySource, "an ArraySource")
+    check_count("size", size)
     if source.image_shape[:2] == (size, size):
         return source
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ddim_jax.checks import check_count, check_is
 from ddim_jax.data.digits import SPLITS as DIGITS_SPLITS
 from ddim_jax.data.digits import digits
 from ddim_jax.data.npz import npy_file, npz_file
@@ -54,8 +55,9 @@ def load_images(
     Raises ValueError, naming the way out, for a set that is absent, empty, unreadable, or of mixed
     sizes without `image_size`.
     """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1; got {image_size}.")
+    if image_size is not None:
+        check_count("image_size", image_size)
+    check_is("split", split, str, "the name of a split")
     source = _open(expanded(name, "data"), split, data_dir, image_size, crop)
     for note in getattr(source, "notes", ()):
         print(f"{source.name}: {note}", flush=True)

@@ -20,6 +20,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from ddim_jax.checks import check_array, check_count
+
 Example: TypeAlias = dict[str, np.ndarray]
 """One example or one batch: "image" uint8 (..., H, W, C) and, where there are classes, "label"."""
 
@@ -58,6 +60,11 @@ class ArraySource:
 
     def __post_init__(self):  # noqa: D105
         images, labels = self.images, self.labels
+        check_array("images", images)
+        if labels is not None:
+            check_array("labels", labels)
+        if self.num_classes is not None:
+            check_count("num_classes", self.num_classes)
         if images.dtype != np.uint8:
             raise ValueError(
                 f"images must be uint8, 0 to 255; {self.name} has {images.dtype}. From floats in "
@@ -99,6 +106,15 @@ class ArraySource:
         """The batch of these examples."""
         label = None if self.labels is None else self.labels[indices]
         return make_example(self.images[indices], label)
+
+
+def check_source(source: object) -> None:
+    """Raise ValueError unless `source` is an ImageSource."""
+    if not all(hasattr(source, name) for name in ("name", "image_shape", "__len__", "__getitem__")):
+        raise ValueError(
+            "source must be an ImageSource, such as load_images gives; got "
+            f"{type(source).__name__}. For an array: ArraySource(images)."
+        )
 
 
 def make_example(pixels: np.ndarray, label: Any) -> Example:

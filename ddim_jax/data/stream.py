@@ -24,8 +24,15 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int
 
-from ddim_jax.checks import check_seed
-from ddim_jax.data.source import ArraySource, Example, ImageSource, decoding_threads, import_extra
+from ddim_jax.checks import check_count, check_seed
+from ddim_jax.data.source import (
+    ArraySource,
+    Example,
+    ImageSource,
+    check_source,
+    decoding_threads,
+    import_extra,
+)
 
 
 @functools.lru_cache(maxsize=4)
@@ -40,7 +47,14 @@ def shuffled_indices(
 
     Raises ValueError for a seed outside [0, 2**32).
     """
+    check_count("num_examples", num_examples)
     check_seed(seed)
+    positions = np.asarray(positions)
+    if positions.ndim != 1 or positions.dtype.kind not in "iu" or (positions < 0).any():
+        raise ValueError(
+            "positions must be integers (B,), 0 or more; got shape "
+            f"{positions.shape} and dtype {positions.dtype}."
+        )
     epochs, offsets = np.divmod(positions, num_examples)
     indices = np.empty_like(offsets)
     for epoch in np.unique(epochs):
@@ -66,21 +80,26 @@ def batches(
     Sources outside memory are decoded by grain, in `num_workers` processes, or in threads if 0.
     The same arguments give the same batches, so a run goes on from its step count alone.
     """
+    check_source(source)
+    for name, value, at_least in (
+        ("batch_size", batch_size, 1),
+        ("shard_count", shard_count, 1),
+        ("start_step", start_step, 0),
+        ("num_workers", num_workers, 0),
+    ):
+        check_count(name, value, at_least)
     if len(source) == 0:
         raise ValueError(f"source must have at least one image; {source.name} is empty.")
     if not 0 <= shard_index < shard_count:
         raise ValueError(
             f"shard_index must be in [0, shard_count); got {shard_index} of {shard_count}."
         )
-    if batch_size < 1 or batch_size % shard_count:
+    if batch_size % shard_count:
         raise ValueError(
             f"batch_size must be a positive multiple of shard_count, {shard_count}, the number of "
             f"processes; got {batch_size}."
         )
     check_seed(seed)
-    for name, value in [("start_step", start_step), ("num_workers", num_workers)]:
-        if value < 0:
-            raise ValueError(f"{name} must be at least 0; got {value}.")
 
     num_rows = batch_size // shard_count
     rows = range(shard_index * num_rows, (shard_index + 1) * num_rows)
@@ -131,8 +150,8 @@ def _decoded_batches(stream: _Stream, num_workers: int) -> Iterator[Example]:
 
 def sequential_batches(source: ImageSource, batch_size: int) -> Iterator[Example]:
     """Every image once, in the source's order; the last batch may be smaller. For statistics."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+    check_source(source)
+    check_count("batch_size", batch_size)
     starts = range(0, len(source), batch_size)
     spans = (range(len(source))[start : start + batch_size] for start in starts)
     if isinstance(source, ArraySource):

@@ -26,7 +26,7 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array, Float, Int, UInt8
 
-from ddim_jax.checks import check_finite_weights, check_types
+from ddim_jax.checks import check_finite_weights, check_grey_levels, check_types
 from ddim_jax.data.pixels import to_model_range
 from ddim_jax.files import naming, parsed, write_whole
 from ddim_jax.hashing import content_hash
@@ -95,6 +95,7 @@ def init_classifier(key: PRNGKey, model: Classifier, image_shape: tuple[int, int
 
 def apply_classifier(model: Classifier, params: Any, images: Images) -> ClassifierOutput:
     """Features and logits of uint8 images; ValueError unless they have its number of channels."""
+    check_grey_levels("images", images, 4)
     channels = params["conv_in"]["kernel"].shape[2]
     if images.shape[-1] != channels:
         raise ValueError(

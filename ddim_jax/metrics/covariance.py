@@ -73,7 +73,10 @@ def check_covariance(name: str, cov: Any, way_out: str = WAY_OUT) -> None:
 
 
 def _check_numbers(name: str, array: Any, shape: str, way_out: str) -> None:
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except ValueError as error:  # lists of several lengths
+        raise ValueError(f"{name} must hold real numbers, {shape}; {error}. {way_out}") from error
     if array.dtype.kind not in "fiu":
         raise ValueError(f"{name} must hold real numbers; got dtype {array.dtype}. {way_out}")
     if array.size == 0:

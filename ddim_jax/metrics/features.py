@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from ddim_jax.checks import look_up
+from ddim_jax.checks import check_grey_levels, look_up
 from ddim_jax.data.pixels import to_model_range
 from ddim_jax.hashing import content_hash
 from ddim_jax.paths import local_path
@@ -86,7 +86,12 @@ def _classifier(weights: Weights) -> FeatureNetwork:
 def _pixels(weights: Weights) -> FeatureNetwork:
     if weights is not None:
         raise ValueError(f"pixels are features without weights; got weights {weights}.")
-    return FeatureNetwork("pixels", {}, _flat_pixels, content_hash({}))
+    return FeatureNetwork("pixels", {}, _pixel_features, content_hash({}))
+
+
+def _pixel_features(params: Any, images: Images) -> dict[str, Array]:
+    check_grey_levels("images", images, 4)
+    return _flat_pixels(params, images)
 
 
 @jax.jit
@@ -141,6 +146,7 @@ def feature_batches(
     """
     batch_size, before = 0, None
     for images in batches:
+        check_grey_levels("images", images, 4)
         batch_size = max(batch_size, len(images))
         num_images = len(images)
         if num_images < batch_size:

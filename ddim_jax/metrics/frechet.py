@@ -20,8 +20,9 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ddim_jax.checks import check_count, check_is, check_vectors
 from ddim_jax.metrics.covariance import check_covariance, check_mean
-from ddim_jax.metrics.metric import Metric, Number, check_features
+from ddim_jax.metrics.metric import Metric, Number, check_features, check_finite_features
 
 Features: TypeAlias = Float[Array, "N D"] | Float[np.ndarray, "N D"]
 Mean: TypeAlias = Float[np.ndarray, "D"]
@@ -60,8 +61,7 @@ class RootedGaussian(NamedTuple):
 
 def init_moments(dim: int) -> FeatureMoments:
     """Moments of no vectors at all, for features of `dim` entries."""
-    if dim < 1:
-        raise ValueError(f"dim must be at least 1, the length of a feature vector; got {dim}.")
+    check_count("dim", dim)
     return FeatureMoments(np.array(0), np.zeros(dim), np.zeros((dim, dim)))
 
 
@@ -71,13 +71,12 @@ def update_moments(moments: FeatureMoments, features: Features) -> FeatureMoment
     The same batches in the same order give the same bits. Raises ValueError on another feature
     length and on features that are not finite.
     """
-    dim = moments.mean.shape[0]
-    if features.ndim != 2 or features.shape[1] != dim:
-        raise ValueError(f"features must have shape (N, {dim}); got {features.shape}.")
+    check_is("moments", moments, FeatureMoments, "FeatureMoments, such as init_moments gives")
+    check_vectors("features", features, moments.mean.shape[0])
     if features.shape[0] == 0:
         return moments
     x = np.asarray(features, np.float64)
-    check_features("features", x)
+    check_finite_features("features", x)
     mean = x.mean(axis=0)
     centred = x - mean
     return merge_moments(moments, FeatureMoments(np.array(len(x)), mean, centred.T @ centred))
@@ -85,6 +84,12 @@ def update_moments(moments: FeatureMoments, features: Features) -> FeatureMoment
 
 def merge_moments(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
     """Moments of the two sets together. Source: Chan, Golub, LeVeque 1979."""
+    for name, moments in (("a", a), ("b", b)):
+        check_is(name, moments, FeatureMoments, "FeatureMoments, such as init_moments gives")
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"a and b must be of features of one length; got {len(a.mean)} and {len(b.mean)}."
+        )
     count = a.count + b.count
     if count == 0:
         return a
@@ -107,8 +112,9 @@ def finalize_moments(moments: FeatureMoments | Gaussian) -> Gaussian:
         check_mean("mean", moments.mean)
         check_covariance("cov", moments.cov)
         return moments
+    check_is("moments", moments, FeatureMoments, "FeatureMoments or a Gaussian")
     for name in ("mean", "scatter"):
-        check_features(name, getattr(moments, name))
+        check_finite_features(name, getattr(moments, name))
     if moments.count < 2:
         raise ValueError(f"A covariance needs at least 2 samples; got {moments.count}.")
     return Gaussian(moments.mean, moments.scatter / (moments.count - 1))
@@ -180,6 +186,8 @@ def frechet_distance_from_features(
     b: Float[Array, "M E"] | Float[np.ndarray, "M E"],
 ) -> float:
     """Frechet distance between two sets of features that fit in memory; see `frechet_distance`."""
+    check_features("a", a)
+    check_features("b", b, a.shape[1])
     one, other = (update_moments(init_moments(x.shape[1]), x) for x in (a, b))
     return _distance(finalize_moments(one), finalize_moments(other))
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.scipy.special import xlogy
 from jaxtyping import Array, Float
 
+from ddim_jax.checks import check_count
 from ddim_jax.metrics.kept import NUM_KEPT, KeptFeatures, describe_kept, metric_over_kept
 from ddim_jax.metrics.metric import Metric, Number, check_features
 
@@ -34,12 +35,13 @@ def inception_score(
     without the bias of the last layer: pass `logits - params["fc"]["bias"]` to compare with them.
     Source: Salimans et al. 2016 (arXiv:1606.03498), section 4.
     """
+    check_features("logits", logits)
+    check_count("num_splits", num_splits)
     num_samples = logits.shape[0]
     if not 1 <= num_splits <= num_samples:
         raise ValueError(
             f"num_splits must be in [1, {num_samples}], the number of samples; got {num_splits}."
         )
-    check_features("logits", logits)
     bounds = np.arange(num_splits + 1) * num_samples // num_splits
     scores = [float(_score(logits[a:b])) for a, b in itertools.pairwise(bounds)]
     return InceptionScore(float(np.mean(scores)), float(np.std(scores)))

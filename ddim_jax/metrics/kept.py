@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ddim_jax.metrics.metric import Metric, Number, check_features
+from ddim_jax.checks import check_count, check_indices, check_is, check_vectors
+from ddim_jax.metrics.metric import Metric, Number, check_finite_features
 
 Features: TypeAlias = Float[Array, "N D"] | Float[np.ndarray, "N D"]
 Indices: TypeAlias = Int[Array, "N"] | Int[np.ndarray, "N"]
@@ -30,6 +31,8 @@ def fair_indices(num_images: int, num_kept: int) -> Int[np.ndarray, "N"]:
     Where all are kept, the image's place; else the place in a shuffle that depends on nothing but
     num_images.
     """
+    check_count("num_images", num_images)
+    check_count("num_kept", num_kept)
     places = np.arange(num_images)
     return places if num_images <= num_kept else np.random.default_rng(0).permutation(places)
 
@@ -44,10 +47,8 @@ class KeptFeatures(NamedTuple):
 
 def init_kept(dim: int, num_kept: int = NUM_KEPT) -> KeptFeatures:
     """No features yet, of `dim` entries each."""
-    if dim < 1:
-        raise ValueError(f"dim must be at least 1, the length of a feature vector; got {dim}.")
-    if num_kept < 1:
-        raise ValueError(f"num_kept must be at least 1, a number of images; got {num_kept}.")
+    check_count("dim", dim)
+    check_count("num_kept", num_kept)
     return KeptFeatures(
         np.zeros(0, np.int64), np.zeros((0, dim), np.float32), np.array(num_kept, np.int64)
     )
@@ -59,9 +60,9 @@ def update_kept(state: KeptFeatures, features: Features, indices: Indices) -> Ke
     Raises ValueError on another feature length, on features that are not finite, and on an index
     that is kept already.
     """
-    dim = state.features.shape[1]
-    if features.ndim != 2 or features.shape[1] != dim:
-        raise ValueError(f"features must have shape (N, {dim}); got {features.shape}.")
+    check_is("state", state, KeptFeatures, "KeptFeatures, such as init_kept gives")
+    check_vectors("features", features, state.features.shape[1])
+    check_indices("indices", indices)
     if indices.shape != features.shape[:1]:
         raise ValueError(
             f"indices must have shape {features.shape[:1]}, one for each feature vector; got "
@@ -70,12 +71,19 @@ def update_kept(state: KeptFeatures, features: Features, indices: Indices) -> Ke
     new = KeptFeatures(
         np.asarray(indices, np.int64), np.asarray(features, np.float32), state.num_kept
     )
-    check_features("features", new.features)
+    check_finite_features("features", new.features)
     return merge_kept(state, new)
 
 
 def merge_kept(a: KeptFeatures, b: KeptFeatures) -> KeptFeatures:
     """What is kept of the two sets together. Raises ValueError when an image is in both."""
+    for name, state in (("a", a), ("b", b)):
+        check_is(name, state, KeptFeatures, "KeptFeatures, such as init_kept gives")
+    if a.features.shape[1] != b.features.shape[1]:
+        raise ValueError(
+            "a and b must be of features of one length; got "
+            f"{a.features.shape[1]} and {b.features.shape[1]}."
+        )
     if a.num_kept != b.num_kept:
         raise ValueError(
             "num_kept must be the same on both sides of a merge; got "

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-from ddim_jax.checks import check_seed
+from ddim_jax.checks import check_count, check_seed
 from ddim_jax.metrics.kept import (
     NUM_KEPT,
     KeptFeatures,
@@ -47,23 +47,23 @@ def kid(
     subset, on features that are not finite, and for a seed outside [0, 2**32).
     Source: Binkowski et al. 2018 (arXiv:1801.01401).
     """
+    check_features("x", x)
+    check_features("y", y, x.shape[1])
+    check_count("subset_size", subset_size, 2)
+    check_count("num_subsets", num_subsets)
     if not 2 <= subset_size <= min(len(x), len(y)):
         raise ValueError(
             f"subset_size must be in [2, {min(len(x), len(y))}], the smaller number of samples; "
             f"got {subset_size}."
         )
     check_seed(seed)
-    if num_subsets < 1:
-        raise ValueError(f"num_subsets must be at least 1; got {num_subsets}.")
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    for name, features in (("x", x), ("y", y)):
-        check_features(name, features)
     rng = np.random.default_rng(seed)
 
     def draw(features):
         return features[rng.choice(len(features), subset_size, replace=False)]
 
-    estimates = [polynomial_mmd(draw(x), draw(y)) for _ in range(num_subsets)]
+    estimates = [_polynomial_mmd(draw(x), draw(y)) for _ in range(num_subsets)]
     return KernelDistance(float(np.mean(estimates)), float(np.std(estimates)))
 
 
@@ -72,9 +72,14 @@ def polynomial_mmd(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M E"]) -> 
 
     Source: Gretton et al. 2012 (JMLR 13), Lemma 6.
     """
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"x and y must have features of one length; got {x.shape}, {y.shape}.")
+    check_features("x", x)
+    check_features("y", y, x.shape[1])
+    for name, features in (("x", x), ("y", y)):
+        check_count(f"the length of {name}", len(features), 2)
+    return float(_polynomial_mmd(x, y))
 
+
+def _polynomial_mmd(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M E"]) -> float:
     def kernel(a, b):
         gram = a @ b.T / x.shape[1] + 1
         return gram * gram * gram  # numpy's ** 3 takes longer than the product of matrices

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ddim_jax.checks import check_finite
+from ddim_jax.checks import check_finite, check_vectors
 
 State: TypeAlias = Any
 """A NamedTuple of NumPy arrays, one type for each metric."""
@@ -71,8 +71,16 @@ class Metric(NamedTuple):
     """(reference) -> what `compute` takes in its place, worked out once for many states."""
 
 
-def check_features(name: str, features: Any) -> None:
-    """Raise ValueError if features, called `name`, hold NaN or infinity."""
+def check_features(name: str, features: Any, length: int | None = None) -> None:
+    """Raise ValueError unless features, called `name`, are floats (N, D), N at least 1, finite."""
+    check_vectors(name, features, length)
+    if len(features) == 0:
+        raise ValueError(f"{name} must hold one vector or more; got shape {features.shape}.")
+    check_finite_features(name, features)
+
+
+def check_finite_features(name: str, features: Any) -> None:
+    """Raise ValueError if what features were made into holds NaN or infinity."""
     check_finite(
         name,
         features,

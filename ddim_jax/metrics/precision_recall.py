@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ddim_jax.checks import check_count
 from ddim_jax.metrics.kept import (
     NUM_KEPT,
     KeptFeatures,
@@ -23,7 +24,7 @@ from ddim_jax.metrics.kept import (
     describe_kept,
     metric_over_kept,
 )
-from ddim_jax.metrics.metric import Metric, Number, check_features
+from ddim_jax.metrics.metric import Metric, Number, check_features, check_finite_features
 
 BLOCK_SIZE = 1000
 
@@ -55,7 +56,7 @@ def precision_recall(
     more than k points of one length, all finite.
     Source: Kynkaanniemi et al. 2019 (arXiv:1904.06991), eq. 1 and 2.
     """
-    real, generated = _prepare(real, generated, k)
+    real, generated = _prepare(real, generated, k, block_size)
     in_real = _num_balls(generated, real, _squared_radii(real, k, block_size), block_size)
     in_generated = _num_balls(real, generated, _squared_radii(generated, k, block_size), block_size)
     return PrecisionRecall(float(np.mean(in_real > 0)), float(np.mean(in_generated > 0)))
@@ -73,7 +74,7 @@ def density_coverage(
     Only real points have balls. Raises ValueError as `precision_recall` does.
     Source: Naeem et al. 2020 (arXiv:2002.09797), section 3.
     """
-    real, generated = _prepare(real, generated, k)
+    real, generated = _prepare(real, generated, k, block_size)
     radii = _squared_radii(real, k, block_size)
     density = np.mean(_num_balls(generated, real, radii, block_size)) / k
     nearest = np.concatenate(
@@ -82,19 +83,18 @@ def density_coverage(
     return DensityCoverage(float(density), float(np.mean(nearest <= radii)))
 
 
-def _prepare(real, generated, k: int) -> tuple[Array, Array]:
-    if real.shape[1] != generated.shape[1]:
-        raise ValueError(
-            "real and generated must have features of one length; "
-            f"got {real.shape} and {generated.shape}."
-        )
+def _prepare(real, generated, k: int, block_size: int) -> tuple[Array, Array]:
+    # NaN is in no ball: it would give a low number, not NaN.
+    check_features("real", real)
+    check_features("generated", generated, real.shape[1])
+    check_count("k", k)
+    check_count("block_size", block_size)
     smallest = min(len(real), len(generated))
     if not 1 <= k < smallest:
         raise ValueError(f"k must be in [1, {smallest - 1}], below the set sizes; got {k}.")
     real, generated = jnp.asarray(real, jnp.float32), jnp.asarray(generated, jnp.float32)
-    # NaN is in no ball: it would give a low number, not NaN.
     for name, features in (("real", real), ("generated", generated)):
-        check_features(name, features)
+        check_finite_features(name, features)  # float64 may be beyond float32
     centre = real.mean(axis=0)  # small coordinates lose fewer digits in |a|^2 + |b|^2 - 2 a.b
     return real - centre, generated - centre
 

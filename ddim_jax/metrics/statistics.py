@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ddim_jax.checks import check_types
+from ddim_jax.checks import check_grey_levels, check_types
 from ddim_jax.files import naming, parsed, write_whole
 from ddim_jax.hashing import content_hash
 from ddim_jax.metrics.features import FeatureName, FeatureNetwork, Images, feature_batches
@@ -165,6 +165,7 @@ def gather(
     first = next(batches, None)
     if first is None:
         raise ValueError("batches must hold at least one image; got none.")
+    check_grey_levels("batches", first, 4)
     states = init_states(metrics, network.dims(first.shape[1:]))
     names, start = {metric.features for metric in metrics}, 0
     for features in feature_batches(network, itertools.chain([first], batches), names):

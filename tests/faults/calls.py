@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -423,11 +423,15 @@ class Call:
     """wrong, wrong in jit, or right"""
 
 
-def every_call(shape: tuple[int, ...]) -> list[Call]:
+Uses = Callable[[], dict[str, tuple[Callable[..., Any], dict[str, Role]]]]
+"""Name -> function, and the role of each of its arguments."""
+
+
+def every_call(shape: tuple[int, ...], table: Uses | None = None) -> list[Call]:
     """Every argument of every function, replaced by each thing that its role knows."""
     return [
         Call(name, shape, argument, how, kind)
-        for name, (_, roles) in uses().items()
+        for name, (_, roles) in (table or uses)().items()
         for argument, role in roles.items()
         for kind, hows in (("wrong", role.wrong), ("wrong in jit", role.wrong_in_jit),
                            ("right", role.right))
@@ -435,9 +439,9 @@ def every_call(shape: tuple[int, ...]) -> list[Call]:
     ]  # fmt: skip
 
 
-def fault_of(call: Call) -> str | None:
+def fault_of(call: Call, table: Uses | None = None) -> str | None:
     """What is wrong with the answer; None where it is as it should be."""
-    function, roles = uses()[call.name]
+    function, roles = (table or uses)()[call.name]
     arguments = {name: role.usual(call.shape) for name, role in roles.items()}
     role = roles[call.argument]
     try:
@@ -506,7 +510,7 @@ def _short(answer: Any) -> str:
     return " ".join(str(answer).split())[:80]
 
 
-def main() -> int:
+def main(table: Uses = uses, shapes: Sequence[tuple[int, ...]] = SHAPES) -> int:
     """Make calls, and print the faults by function and argument; their number."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", type=int)
@@ -514,12 +518,12 @@ def main() -> int:
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     rng = random.Random(asked.seed)
-    calls = [call for shape in SHAPES for call in every_call(shape)]
+    calls = [call for shape in shapes for call in every_call(shape, table)]
     rng.shuffle(calls)
     calls = calls[: asked.count]
     found = collections.defaultdict(list)
     for call in calls:
-        if fault := fault_of(call):
+        if fault := fault_of(call, table):
             found[f"{call.name}({call.argument})"].append(f"{call.how} [{call.kind}]: {fault}")
     for place, faults in sorted(found.items()):
         print(place)

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import calls
+import calls_measures
 import pytest
 
 import ddim_jax as dj
+from ddim_jax import convert, data
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EVERY = [call for shape in calls.SHAPES for call in calls.every_call(shape)]
@@ -20,10 +22,10 @@ NOT_CALLED = {
 }  # fmt: skip
 
 
-def faults(number: int, seed: int) -> str:
+def faults(number: int, seed: int, module=calls) -> str:
     """What is said of so many calls, in a process without the tests' own checks of types."""
     done = subprocess.run(
-        [sys.executable, calls.__file__, str(number), "--seed", str(seed)],
+        [sys.executable, module.__file__, str(number), "--seed", str(seed)],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     return done.stdout + done.stderr
@@ -33,15 +35,32 @@ def test_some_are_refused_or_right():
     assert faults(250, 0).splitlines()[-1].endswith(" 0 faults")
 
 
+def test_some_of_metrics_data_and_converters_are_refused_or_right():
+    assert faults(200, 0, calls_measures).splitlines()[-1].endswith(" 0 faults")
+
+
 @pytest.mark.slow
-def test_all_are_refused_or_right():
-    said = faults(len(EVERY), 1)
-    assert said.startswith(f"{len(EVERY)} calls") and said.strip().endswith(" 0 faults")
+@pytest.mark.parametrize("module", [calls, calls_measures])
+def test_all_are_refused_or_right(module):
+    number = sum(len(calls.every_call(shape, module.uses)) for shape in module.SHAPES)
+    said = faults(number, 1, module)
+    assert said.startswith(f"{number} calls") and said.strip().endswith(" 0 faults")
 
 
 def test_every_function_is_among_them():
     assert len(EVERY) >= 20_000
     assert set(dj.__all__) - calls.uses().keys() == NOT_CALLED
+
+
+def test_what_measures_and_translates_is_among_them():
+    """But for what reads or writes files, which files.py damages, and types."""
+    named = set(calls_measures.uses())
+    there = {name for module in (data, convert) for name in vars(module) if name[0].islower()}
+    functions = {n for n in there if callable(getattr(data, n, None) or getattr(convert, n, None))}
+    of_files = {"open_diffusers", "save_diffusers", "load_paper_checkpoint", "prefetch_to_device"}
+    assert functions - named == of_files | {"content_of"}
+    metrics = {"frechet_distance", "kid", "inception_score", "precision_recall", "density_coverage"}
+    assert metrics <= named
 
 
 def test_a_fault_would_be_found():
