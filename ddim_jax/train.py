@@ -178,7 +178,7 @@ def _over_microbatches(function, params, loss_state, examples, num_parts: int):
         )
     part_size = size // num_parts
     total, states = None, []
-    # Unrolled, not scanned: on XLA:CPU a train step inside a scan runs many times slower.
+    # Unrolled: a scan would need the parts of a sharded batch as an axis of their own.
     for i in range(num_parts):
         part = jax.tree.map(lambda a, i=i: a[i * part_size : (i + 1) * part_size], examples)
         (loss, part_state), grads = function(params, loss_state, *part)

@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ddim_jax.convolution import conv_general_dilated
 from ddim_jax.tables import take_or_nan
 from ddim_jax.types import Time
 
@@ -203,7 +204,14 @@ def _conv3x3(
     name: str,
 ) -> nn.Conv:
     return nn.Conv(
-        features, (3, 3), strides, padding, dtype=dtype, kernel_init=kernel_init, name=name
+        features,
+        (3, 3),
+        strides,
+        padding,
+        dtype=dtype,
+        kernel_init=kernel_init,
+        conv_general_dilated=conv_general_dilated,
+        name=name,
     )
 
 
