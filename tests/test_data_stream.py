@@ -116,7 +116,7 @@ def test_the_image_stays_with_its_label():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (dict(batch_size=0), "batch_size must be a positive multiple"),
+        (dict(batch_size=0), "batch_size must be at least 1"),
         (dict(batch_size=7, shard_count=2), "batch_size must be a positive multiple.*2.*got 7"),
         (dict(batch_size=8, shard_index=2, shard_count=2), "shard_index.*got 2 of 2"),
         (dict(batch_size=8, shard_index=-1), "shard_index"),

@@ -70,7 +70,7 @@ def test_bad_sizes_are_named():
         kid(x, x)
     with pytest.raises(ValueError, match="num_subsets must be at least 1; got 0"):
         kid(x, x, num_subsets=0, subset_size=5)
-    with pytest.raises(ValueError, match="features of one length"):
+    with pytest.raises(ValueError, match=r"y must have shape \(N, 4\); got \(10, 5\)"):
         polynomial_mmd(x, np.zeros((10, 5)))
 
 

@@ -79,7 +79,7 @@ def test_bad_arguments_are_named():
     x = np.zeros((4, 2))
     with pytest.raises(ValueError, match=r"k must be in \[1, 3\].*got 5"):
         density_coverage(x, x)
-    with pytest.raises(ValueError, match="features of one length"):
+    with pytest.raises(ValueError, match=r"generated must have shape \(N, 2\); got \(4, 3\)"):
         precision_recall(x, np.zeros((4, 3)))
 
 

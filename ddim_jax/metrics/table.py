@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from ddim_jax.checks import check_count, look_up
 from ddim_jax.metrics.frechet import frechet_metric
@@ -27,7 +27,7 @@ def named_metrics(names: Iterable[str], num_kept: int = NUM_KEPT) -> tuple[Metri
 
     Raises ValueError, listing the names there are, for another one.
     """
-    if isinstance(names, str | Mapping) or not isinstance(names, Iterable):
+    if isinstance(names, str) or not isinstance(names, Iterable):
         raise ValueError(f"names must be a list of names of metrics; got {names!r}.")
     check_count("num_kept", num_kept, 2)
     return tuple(look_up("metric", name, METRICS)(num_kept) for name in dict.fromkeys(names))

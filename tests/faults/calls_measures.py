@@ -229,7 +229,7 @@ def uses() -> dict[str, tuple[Callable[..., Any], dict[str, Role]]]:
         ),
         "named_metrics": (
             lambda names, num_kept: [m.name for m in table.named_metrics(names, num_kept)],
-            {"names": Role(_always(["kid"]), {k: v for k, v in NOTHING.items() if k != "a list"}),
+            {"names": Role(_always(["kid"]), {k: v for k, v in NO_ARRAYS.items() if k != "a dict"}),
              "num_kept": count(5, at_least=2)},
         ),
         "feature_network": (
