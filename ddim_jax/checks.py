@@ -124,17 +124,21 @@ def check_vectors(name: str, x: Any, length: int | None = None) -> None:
         raise ValueError(f"{name} must be floating point; got dtype {x.dtype}.")
 
 
-def check_indices(name: str, indices: Any) -> None:
-    """Raise ValueError unless they are integers (B,) and, known on the host, in [0, 2**32)."""
+def check_indices(name: str, indices: Any, bits: int = 32) -> None:
+    """Raise ValueError unless they are integers (B,) and, known on the host, in [0, 2**bits)."""
     known = indices if isinstance(indices, jax.Array) else np.asarray(indices)
     if known.ndim != 1 or not jnp.issubdtype(known.dtype, jnp.integer):
         raise ValueError(
             f"{name} must be a vector (B,) of integers, which name the images; got shape "
             f"{known.shape} and dtype {known.dtype}. For the first 4: jnp.arange(4)."
         )
-    if isinstance(known, np.ndarray) and known.size and not 0 <= known.min() <= known.max() < 2**32:
+    if (
+        isinstance(known, np.ndarray)
+        and known.size
+        and not 0 <= known.min() <= known.max() < 2**bits
+    ):
         raise ValueError(
-            f"{name} must be in [0, 2**32), 32 bits; got {known.min()} to {known.max()}."
+            f"{name} must be in [0, 2**{bits}), {bits} bits; got {known.min()} to {known.max()}."
         )
 
 

@@ -678,13 +678,6 @@ def test_what_is_no_sampler_or_no_array_is_refused():
         dj.named_sampler("euler")
 
 
-def clips_by_hand(x, t):
-    """What a user writes without `clip_x0`: x0 by eq. 9, cut, and the eps that goes with it."""
-    signal, noise = jnp.sqrt(SCHEDULE.alpha_bar(t)), jnp.sqrt(1 - SCHEDULE.alpha_bar(t))
-    x0 = jnp.clip((x - noise * eps_fn(x, t)) / signal, -1, 1)
-    return (x - signal * x0) / noise
-
-
 def by_hand(cut):
     """The network whose x0_hat, by eq. 9, is cut by `cut(x0, t)`; eps goes with it."""
 
@@ -695,6 +688,8 @@ def by_hand(cut):
     return clipped
 
 
+clips_by_hand = by_hand(lambda x0, t: jnp.clip(x0, -1, 1))
+"""What a user writes without `clip_x0`."""
 CUTS_BY_HAND = {
     "channels first": lambda x0, t: jnp.clip(x0.T, -1, 1).T,
     "flat": lambda x0, t: jnp.clip(x0.reshape(-1), -1, 1).reshape(x0.shape),

@@ -24,7 +24,7 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int
 
-from ddim_jax.checks import check_count, check_seed
+from ddim_jax.checks import check_count, check_indices, check_seed
 from ddim_jax.data.source import (
     ArraySource,
     Example,
@@ -49,12 +49,7 @@ def shuffled_indices(
     """
     check_count("num_examples", num_examples)
     check_seed(seed)
-    positions = np.asarray(positions)
-    if positions.ndim != 1 or positions.dtype.kind not in "iu" or (positions < 0).any():
-        raise ValueError(
-            "positions must be integers (B,), 0 or more; got shape "
-            f"{positions.shape} and dtype {positions.dtype}."
-        )
+    check_indices("positions", positions, bits=63)
     epochs, offsets = np.divmod(positions, num_examples)
     indices = np.empty_like(offsets)
     for epoch in np.unique(epochs):

@@ -21,6 +21,7 @@ from common.sweep_store import (
     append_result,
     keep_drawn,
     load_progress,
+    no_progress,
     save_progress,
 )
 from common.sweep_table import describe, duration
@@ -244,7 +245,7 @@ def _kept_progress(sweep: Sweep, name: str, samples: SampleSet | None) -> Progre
     if samples is None or all(i >= progress.count for i in samples.missing()):
         return progress
     print(f"{name} is drawn anew, since images of it are missing in {samples.images}", flush=True)
-    return Progress(0, 0.0, {measure.name: measure.init() for measure in sweep.drawer.measures})
+    return no_progress(sweep.drawer.measures)
 
 
 def _in_time(

@@ -407,11 +407,16 @@ def _is_of(path: pathlib.Path, name: str) -> bool:
         return str(file["cell"]) == name
 
 
+def no_progress(measures: Sequence[Measure]) -> Progress:
+    """Of a cell of which nothing is measured yet."""
+    return Progress(0, 0.0, {measure.name: measure.init() for measure in measures})
+
+
 def load_progress(out: pathlib.Path, name: str, measures: Sequence[Measure]) -> Progress:
     """What was kept of the cell of that name; else nothing measured yet."""
     found = (_read_progress(out / file, name, measures) for file in (DRAWN, PARTIAL))
-    nothing = Progress(0, 0.0, {measure.name: measure.init() for measure in measures})
-    return next((progress for progress in found if progress is not None), nothing)
+    there = next((progress for progress in found if progress is not None), None)
+    return there or no_progress(measures)
 
 
 def _read_progress(path: pathlib.Path, name: str, measures: Sequence[Measure]) -> Progress | None:

@@ -77,10 +77,10 @@ def measured_costs(
     call = max(drawing - features, 0.0) / num_calls
     if drawing <= SHORT and num_calls < FEW < max(map(Cell.network_calls, cells)):
         call = min(call, _call_seconds(drawer, indices, num_calls, drawing - features))
-    started = time.monotonic()
-    for measure in drawer.measures:
-        measure.update(measure.init(), batch.features[measure.name], indices)
-    updating = time.monotonic() - started
+    updating = sum(
+        _seconds(lambda m=m: m.update(m.init(), batch.features[m.name], indices))
+        for m in drawer.measures
+    )
     return Costs(
         compiling=compiling * cell.num_steps / num_calls,
         call=call,

@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 
@@ -26,16 +25,14 @@ def start(out: pathlib.Path) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script, *options = hurt.TRAIN
-    options += ["--workdir", str(out), "--max-steps", str(STEPS), "--sample-every", "0"]
+    options = ["--workdir", str(out), "--max-steps", str(STEPS), "--sample-every", "0"]
     options += ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
-    return [
-        subprocess.Popen(
-            [sys.executable, str(hurt.EXPERIMENTS / script), *options, "--process-id", str(index)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=hurt.ENVIRONMENT,
-        )
-        for index in range(2)
-    ]  # fmt: skip
+
+    def one(index: int) -> hurt.Job:
+        command = [*hurt.TRAIN, *options, "--process-id", str(index)]
+        return hurt.Job(lambda out: command, hurt.training_content)
+
+    return [one(index).start(out) for index in range(2)]
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:

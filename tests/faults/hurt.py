@@ -50,11 +50,13 @@ class Job:
     content: Callable[[pathlib.Path], dict[str, object]]
     """(out) -> everything that must be as in the undisturbed run, by name."""
 
-    def start(self, out: pathlib.Path) -> subprocess.Popen[str]:
+    def start(self, out: pathlib.Path, **environment: str) -> subprocess.Popen[str]:
+        """The command, with more in its environment if given."""
         script, *arguments = self.command(out)
         return subprocess.Popen(
             [sys.executable, str(EXPERIMENTS / script), *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=ENVIRONMENT | environment,
         )  # fmt: skip
 
     def run(self, out: pathlib.Path) -> str:

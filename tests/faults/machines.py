@@ -16,7 +16,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 
 import hurt
@@ -47,19 +46,9 @@ Set back by 25 days or more it ends tensorboardX's thread, on which training the
 """
 
 
-def start(job: hurt.Job, out: pathlib.Path, **environment: str) -> subprocess.Popen[str]:
-    """The job with more in its environment."""
-    script, *arguments = job.command(out)
-    return subprocess.Popen(
-        [sys.executable, str(hurt.EXPERIMENTS / script), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=hurt.ENVIRONMENT | environment,
-    )  # fmt: skip
-
-
 def two_at_once(job: hurt.Job, out: pathlib.Path, rng: random.Random) -> list[str]:
     """One of two that start together ends as ever; the other is refused in a line."""
-    both = [start(job, out) for _ in range(2)]
+    both = [job.start(out) for _ in range(2)]
     ends = [(process.communicate(), process.returncode) for process in both]
     codes = sorted(code for _, code in ends)
     refusals = [errors for (_, errors), code in ends if code == 2]
@@ -75,7 +64,7 @@ def stale_lock(job: hurt.Job, out: pathlib.Path, rng: random.Random) -> list[str
     """The lock's file of a process that is no more, with what older tools write into theirs."""
     out.mkdir(parents=True)
     (out / ".lock").write_text("4194304\n")
-    return ends_well(start(job, out))
+    return ends_well(job.start(out))
 
 
 def jumping_clock(job: hurt.Job, out: pathlib.Path, rng: random.Random) -> list[str]:
@@ -84,12 +73,12 @@ def jumping_clock(job: hurt.Job, out: pathlib.Path, rng: random.Random) -> list[
     site.mkdir(parents=True)
     (site / "sitecustomize.py").write_text(JUMPING)
     path = f"{site}:{hurt.ENVIRONMENT['PYTHONPATH']}"
-    process = start(job, out, PYTHONPATH=path, JUMPS=str(rng.randrange(1000)))
+    process = job.start(out, PYTHONPATH=path, JUMPS=str(rng.randrange(1000)))
     hurt.when_random(rng, 8.0, out, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     for _ in range(8):
-        process = start(job, out, PYTHONPATH=path, JUMPS=str(rng.randrange(1000)))
+        process = job.start(out, PYTHONPATH=path, JUMPS=str(rng.randrange(1000)))
         wrong = ends_well(process)
         # Orbax gives a save up after 600 s by this clock. That is one line, and the next goes on.
         if process.returncode != 1 or "a checkpoint cannot be saved" not in wrong[0]:
@@ -111,11 +100,11 @@ def other_devices(job: hurt.Job, out: pathlib.Path, rng: random.Random) -> list[
     """Killed on one device, gone on with on two, killed there, and ended on one."""
     for number in (1, 2):
         flags = f"--xla_force_host_platform_device_count={number}"
-        process = start(job, out, XLA_FLAGS=flags)
+        process = job.start(out, XLA_FLAGS=flags)
         hurt.when_random(rng, 10.0, out, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    return ends_well(start(job, out))
+    return ends_well(job.start(out))
 
 
 @dataclasses.dataclass(frozen=True)
