@@ -3,19 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 LATEST := .venv-latest
 RUN := $(VENV)/bin/python
+# More extras of pyproject.toml, of which cuda and tpu are for accelerators: make setup EXTRAS=cuda
+EXTRAS ?=
+comma := ,
+MORE := $(if $(EXTRAS),$(comma)$(EXTRAS))
 
 .PHONY: help setup demo test test-slow test-latest check format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(VENV)/installed  ## create .venv and install everything the scripts and tests need
+setup: $(VENV)/installed$(EXTRAS)  ## create .venv and install everything the scripts and tests need
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed$(EXTRAS): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), a minute or more"
 	$(RUN) -m pip install --upgrade pip
-	$(RUN) -m pip install --constraint constraints.txt --editable '.[experiments,dev]'
+	$(RUN) -m pip install --constraint constraints.txt --editable '.[experiments,dev$(MORE)]'
 	touch $@
 
 demo: setup  ## train on handwritten digits, sample with DDIM and DDPM, show the paper's claim

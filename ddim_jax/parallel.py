@@ -5,11 +5,12 @@ from __future__ import annotations
 import collections
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import flax.jax_utils
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
@@ -20,6 +21,8 @@ from ddim_jax.train import TrainState, train_step
 
 T = TypeVar("T")
 AXIS = "devices"
+Devices = Sequence[Any]
+"""Of `jax.Device`, which type checkers take for a variable."""
 
 
 def replicate(tree: Any) -> Any:
@@ -66,11 +69,13 @@ def pmap_train_step(
     ema_warmup: bool = True,
     num_microbatches: int = 1,
     skip_nonfinite: bool = False,
+    devices: Devices | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """`train_step` on every device: (state, batch[, frozen]) -> (state, metrics).
 
     Consumes a replicated state; the batch is sharded, what is frozen replicated.
     The same update as `train_step` on one device with the whole batch, up to rounding.
+    devices: others than all of them, such as those of a machine that is only compiled for.
     """
     step = functools.partial(
         train_step,
@@ -82,7 +87,7 @@ def pmap_train_step(
         skip_nonfinite=skip_nonfinite,
         num_microbatches=num_microbatches,
     )
-    return jax.pmap(step, axis_name=AXIS, donate_argnums=0)
+    return jax.pmap(step, axis_name=AXIS, donate_argnums=0, devices=devices)
 
 
 def shard(batch: Any) -> Any:
@@ -103,20 +108,36 @@ class DeviceProgram(NamedTuple):
         """Its results for these arrays."""
         return self.jitted(everywhere(params), *jax.device_put(arrays, self.split))
 
-    def compile(self, params: Any, *arrays: Any) -> None:
-        """Compile it for arrays of these shapes, and run nothing: a call finds it compiled."""
-        self.jitted.lower(everywhere(params), *jax.device_put(arrays, self.split)).compile()
+    def compile(self, params: Any, *arrays: Any) -> jax.stages.Compiled:
+        """Compile it for arrays of these shapes, and run nothing: a call finds it compiled.
+
+        All may be `jax.ShapeDtypeStruct`s, so that a program can be made for other machines too.
+        """
+        whole = NamedSharding(self.split.mesh, PartitionSpec())
+        shapes = _placed(params, whole), *_placed(arrays, self.split)
+        return self.jitted.lower(*shapes).compile()
 
 
-def over_devices(fn: Callable[..., Any]) -> DeviceProgram:
+def over_devices(fn: Callable[..., Any], devices: Devices | None = None) -> DeviceProgram:
     """jit of fn(params, *arrays) with the arrays' leading axis split over this host's devices.
 
     For sampling and features. Each call's leading axis must be divisible by the number of local
     devices; the results come back split the same way. Params that `everywhere` has placed already
     are not copied again.
+    devices: others, such as those of a machine that is only compiled for.
     """
     split = _over_this_host(PartitionSpec(AXIS))
+    if devices is not None:
+        split = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
     return DeviceProgram(jax.jit(fn, out_shardings=split), split)
+
+
+def _placed(tree: Any, sharding: NamedSharding) -> Any:
+    """The shapes of a pytree's arrays, so placed."""
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jax.dtypes.result_type(a), sharding=sharding),
+        tree,
+    )
 
 
 def everywhere(tree: Any) -> Any:

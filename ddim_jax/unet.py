@@ -218,6 +218,9 @@ def _conv3x3(
 class GroupNorm(nn.Module):
     """`flax.linen.GroupNorm` with its parameters, in float32 whatever the dtype of the result.
 
+    Variance is the mean square of what the mean leaves, which keeps its digits far from zero too.
+    Of bfloat16, whose rounding is coarser than what cancels, it is E[x^2] - E[x]^2: a TPU sums both
+    as it writes the convolution before, and x is not read again for them.
     Sums over the pixels come before sums over a group's channels: channels are innermost in memory,
     so the long sums run along vectors. On a CPU that takes 0.6 of the time.
     """
@@ -231,9 +234,12 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        coarse = x.dtype.itemsize < 4
         x = x.astype(jnp.float32)
-        x = x - self._group_mean(x)
-        x = x * jax.lax.rsqrt(self._group_mean(jnp.square(x)) + 1e-6)
+        mean = self._group_mean(x)
+        square = self._group_mean(jnp.square(x if coarse else x - mean))
+        variance = jnp.maximum(square - jnp.square(mean), 0) if coarse else square
+        x = (x - mean) * jax.lax.rsqrt(variance + 1e-6)
         return (x * scale + bias).astype(self.dtype)
 
     def _group_mean(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 1 1 C"]:

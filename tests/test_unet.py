@@ -12,7 +12,7 @@ from refusals import refused
 
 from ddim_jax.convert import diffusers_to_flax, paper_to_flax
 from ddim_jax.convert.diffusers_unet import unet_from_config
-from ddim_jax.unet import ResidualBlock, UNet, timestep_embedding
+from ddim_jax.unet import GroupNorm, UNet, timestep_embedding
 
 TINY = UNet(
     channels=16,
@@ -183,18 +183,29 @@ def test_bfloat16_compute_keeps_float32_parameters_and_output():
     assert half.dtype == jnp.bfloat16
 
 
-def test_group_norm_survives_a_large_mean():
-    """E[x^2] - E[x]^2 in float32 would lose the variance of a feature map far from zero."""
-    x, temb = np.random.default_rng(0).standard_normal((2, 4, 4, 8)) + 1e3, np.zeros((2, 4))
-    block = ResidualBlock(features=8, dropout=0.0, norm_groups=2, dtype=jnp.float32)
-    variables = init(block, jnp.float32(x), jnp.float32(temb), train=False)
-    with jax.enable_x64(True):
-        double = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), variables)
-        block64 = block.clone(dtype=jnp.float64)
-        change64 = apply(block64, double, jnp.asarray(x), jnp.asarray(temb), train=False) - x
-        want = np.asarray(change64)
-    got = apply(block, variables, jnp.float32(x), jnp.float32(temb), train=False) - x
-    np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 * want.std())
+def normed(x, dtype):
+    """A group norm with 2 groups of 4 channels beside float64's of the same numbers."""
+    x, weights = jnp.asarray(x, dtype), np.random.default_rng(1).standard_normal((2, 8))
+    params = {"scale": jnp.float32(weights[0]), "bias": jnp.float32(weights[1])}
+    got = GroupNorm(2, dtype).apply({"params": params}, x)
+    groups = np.asarray(x, np.float64).reshape(2, 256, 2, 4)
+    mean, var = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+    unit = ((groups - mean) / np.sqrt(var + 1e-6)).reshape(x.shape)
+    return np.asarray(got, np.float64), unit * weights[0] + weights[1]
+
+
+@pytest.mark.parametrize("mean, atol", [(0, 3e-6), (10, 1e-5), (1e3, 1e-3)])
+def test_group_norm_survives_a_large_mean(mean, atol):
+    """In float32 E[x^2] - E[x]^2 would be wrong by 7e-5 at a mean of 10, by 0.4 at 1000."""
+    x = np.random.default_rng(0).standard_normal((2, 16, 16, 8)) + mean
+    np.testing.assert_allclose(*normed(x, jnp.float32), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("mean", [0, 1, 10, 100])
+def test_group_norm_of_bfloat16_rounds_its_result_alone(mean):
+    """At a mean of 100 the images hold half a unit; what cancels is 100 times below that."""
+    x = np.random.default_rng(0).standard_normal((2, 16, 16, 8)) + mean
+    np.testing.assert_allclose(*normed(x, jnp.bfloat16), rtol=2**-8, atol=2**-8)
 
 
 # Initialisation, dropout, labels

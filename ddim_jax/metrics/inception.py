@@ -269,11 +269,15 @@ def _folded_conv(state_dict, path):
     return kernel * scale, shift - mean * scale
 
 
+def inception_shapes() -> InceptionParams:
+    """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`, without any file."""
+    images = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.float32)
+    return jax.eval_shape(_Inception().init, jax.random.key(0), images)["params"]
+
+
 def _kernel_shapes() -> dict[tuple[str, ...], tuple[int, ...]]:
     """Path of every layer -> shape of its Flax kernel, read off the network itself."""
-    images = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.float32)
-    params = jax.eval_shape(_Inception().init, jax.random.key(0), images)["params"]
-    flat: dict[Any, Any] = traverse_util.flatten_dict(params)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(inception_shapes())
     return {path[:-1]: leaf.shape for path, leaf in flat.items() if path[-1] == "kernel"}
 
 

@@ -14,6 +14,7 @@ from ddim_jax.data.pixels import nearest_levels
 from ddim_jax.keys import initial_noise
 from ddim_jax.parallel import (
     DeviceProgram,
+    Devices,
     index_batches,
     joined,
     map_batches,
@@ -91,12 +92,14 @@ def image_program(
     *,
     label: int | None = None,
     guidance_scale: float = 1.0,
+    devices: Devices | None = None,
 ) -> DeviceProgram:
     """A compiled program for `map_batches`: the images of any indices.
 
     `make_sampler(*values)` may be given traced values, so that one compilation for each batch size
     serves all weights, keys and values. Of a network with classes image i is drawn of class i % K,
     or all of the class `label`. Raises ValueError for a label or guidance the network cannot have.
+    devices: others than this host's, such as those of a machine that is only compiled for.
     """
     classes = spec.num_classes
     if classes is None and (label is not None or guidance_scale != 1):
@@ -116,7 +119,7 @@ def image_program(
         x_0 = sample(keys, denoiser, spec.schedule, x_T, timesteps, sampler)
         return to_pixels(spec.decode(inputs.params, x_0))
 
-    return over_devices(draw)
+    return over_devices(draw, devices)
 
 
 def image_batches(
