@@ -50,6 +50,7 @@ class UNet(nn.Module):
     norm_groups: int = 32
     dtype: DTypeLike = jnp.float32  # of the computation
     no_class_row: bool = True  # whether the label num_classes, "no class", has an embedding
+    remat: bool = False  # compute each block again for the gradient: less memory, more time
 
     def __post_init__(self) -> None:
         """Refuses settings that make no network."""
@@ -73,11 +74,15 @@ class UNet(nn.Module):
         network has not gives NaN, and a ValueError if it is a Python number.
         """
         t, label = _check_inputs(self, x, t, label)
+        residual_block, attention_block = ResidualBlock, AttentionBlock
+        if self.remat:
+            residual_block = nn.remat(ResidualBlock, static_argnums=(3,))  # train; 0 is self
+            attention_block = nn.remat(AttentionBlock)
         residual = functools.partial(
-            ResidualBlock, dropout=self.dropout, norm_groups=self.norm_groups, dtype=self.dtype
+            residual_block, dropout=self.dropout, norm_groups=self.norm_groups, dtype=self.dtype
         )
         attention = functools.partial(
-            AttentionBlock, norm_groups=self.norm_groups, dtype=self.dtype
+            attention_block, norm_groups=self.norm_groups, dtype=self.dtype
         )
         conv3x3 = functools.partial(_conv3x3, dtype=self.dtype)
         widths = [self.channels * mult for mult in self.channel_mults]
@@ -90,7 +95,7 @@ class UNet(nn.Module):
         skips = [h]
         for level, width in enumerate(widths):
             for block in range(self.num_res_blocks):
-                h = residual(width, name=f"down_{level}_block_{block}")(h, temb, train=train)
+                h = residual(width, name=f"down_{level}_block_{block}")(h, temb, train)
                 if h.shape[1] in self.attention_resolutions:
                     h = attention(name=f"down_{level}_attn_{block}")(h)
                 skips.append(h)
@@ -100,14 +105,14 @@ class UNet(nn.Module):
                 h = conv3x3(width, strides=2, padding=pad, name=f"down_{level}_downsample")(h)
                 skips.append(h)
 
-        h = residual(widths[-1], name="mid_block_1")(h, temb, train=train)
+        h = residual(widths[-1], name="mid_block_1")(h, temb, train)
         h = attention(name="mid_attn_1")(h)
-        h = residual(widths[-1], name="mid_block_2")(h, temb, train=train)
+        h = residual(widths[-1], name="mid_block_2")(h, temb, train)
 
         for level, width in reversed(list(enumerate(widths))):
             for block in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = residual(width, name=f"up_{level}_block_{block}")(h, temb, train=train)
+                h = residual(width, name=f"up_{level}_block_{block}")(h, temb, train)
                 if h.shape[1] in self.attention_resolutions:
                     h = attention(name=f"up_{level}_attn_{block}")(h)
             if level > 0:
@@ -144,7 +149,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], temb: Float[Array, "#B E"], *, train: bool
+        self, x: Float[Array, "B H W C"], temb: Float[Array, "#B E"], train: bool
     ) -> Float[Array, "B H W D"]:
         """`temb` has been through its swish already."""
         dense = functools.partial(nn.Dense, self.features, dtype=self.dtype, kernel_init=DDPM_INIT)

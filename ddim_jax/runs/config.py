@@ -63,6 +63,9 @@ class TrainConfig:
     """Global batch; must be divisible by the number of devices."""
     num_microbatches: int = option(1, at_least=1, may_change=True)
     """Take each device's batch in this many parts, to save memory."""
+    remat: bool = option(False, may_change=True)
+    """Keep what stands between the network's blocks alone, and compute each again for its gradient:
+    less memory, about a third more time, the same update up to rounding."""
     learning_rate: float = option(2e-4, above=0, below=float("inf"))
     """Adam's rate."""
     warmup_steps: int = option(5000, at_least=0)

@@ -154,7 +154,7 @@ def _job(config: TrainConfig) -> _Job:
     resumed = has_checkpoints(workdir)
     codec = load_codec_params(workdir) if resumed else spec.codec.init(spec.image_shape)
     setup = Setup(
-        apply_fn=spec.model.apply,
+        apply_fn=spec.model.clone(remat=config.remat).apply,
         schedule=spec.schedule,
         batch_size=config.batch_size,
         predicts=spec.predicts,

@@ -29,6 +29,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # there is no chip to fight for
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,8 @@ class CompileConfig:
     given."""
     microbatches: int = option(1, at_least=1)
     """Parts of a chip's batch in training."""
+    remat: bool = False
+    """Train with each block computed again for its gradient."""
     cpu_convolution: bool = False
     """With the formulation of the convolution's gradients that a CPU takes."""
     out: File | None = None
@@ -133,7 +136,7 @@ def main(config: CompileConfig) -> None:
 
 
 def _choices(config: CompileConfig) -> dict[str, Any]:
-    names = ("precision", "microbatches", "cpu_convolution", "num_sample_steps")
+    names = ("precision", "microbatches", "remat", "cpu_convolution", "num_sample_steps")
     return {name: getattr(config, name) for name in names}
 
 
@@ -261,7 +264,8 @@ def _features(case: Case, config: CompileConfig, devices: Devices) -> jax.stages
 def _train(case: Case, config: CompileConfig, devices: Devices) -> jax.stages.Compiled:
     preset, spec, chips = PRESETS[case.config][1], _spec(case), len(devices)
     tx = train.adam_with_warmup(preset.learning_rate, preset.warmup_steps, preset.clip_norm)
-    setup = Setup(spec.model.apply, spec.schedule, chips * case.batch)
+    model = spec.model.clone(remat=config.remat)
+    setup = Setup(model.apply, spec.schedule, chips * case.batch)
     step = parallel.pmap_train_step(
         Denoising().loss_fn(setup),
         tx,
