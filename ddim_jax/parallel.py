@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import flax.jax_utils
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
@@ -111,11 +110,11 @@ class DeviceProgram(NamedTuple):
     def compile(self, params: Any, *arrays: Any) -> jax.stages.Compiled:
         """Compile it for arrays of these shapes, and run nothing: a call finds it compiled.
 
-        All may be `jax.ShapeDtypeStruct`s, so that a program can be made for other machines too.
+        Any may be a `jax.ShapeDtypeStruct`, so that a program can be made for other machines too.
         """
         whole = NamedSharding(self.split.mesh, PartitionSpec())
-        shapes = _placed(params, whole), *_placed(arrays, self.split)
-        return self.jitted.lower(*shapes).compile()
+        given = _placed(params, whole), *_placed(arrays, self.split)
+        return self.jitted.lower(*given).compile()
 
 
 def over_devices(fn: Callable[..., Any], devices: Devices | None = None) -> DeviceProgram:
@@ -126,18 +125,19 @@ def over_devices(fn: Callable[..., Any], devices: Devices | None = None) -> Devi
     are not copied again.
     devices: others, such as those of a machine that is only compiled for.
     """
-    split = _over_this_host(PartitionSpec(AXIS))
-    if devices is not None:
-        split = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+    split = _over(jax.local_devices() if devices is None else devices, PartitionSpec(AXIS))
     return DeviceProgram(jax.jit(fn, out_shardings=split), split)
 
 
 def _placed(tree: Any, sharding: NamedSharding) -> Any:
-    """The shapes of a pytree's arrays, so placed."""
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jax.dtypes.result_type(a), sharding=sharding),
-        tree,
-    )
+    """The arrays, so placed, numbers as a call would have them; and shapes of such arrays."""
+
+    def place(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf.update(sharding=sharding)
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(place, tree)
 
 
 def everywhere(tree: Any) -> Any:
@@ -146,7 +146,11 @@ def everywhere(tree: Any) -> Any:
 
 
 def _over_this_host(spec: PartitionSpec) -> NamedSharding:
-    return NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), spec)
+    return _over(jax.local_devices(), spec)
+
+
+def _over(devices: Devices, spec: PartitionSpec) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), spec)
 
 
 def index_batches(num_rows: int, batch_size: int, start: int = 0) -> Iterator[np.ndarray]:

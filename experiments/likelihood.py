@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from common.results import write_results
 from ddim_jax.bound import BoundTerms, fixed_large_sigmas, process_sigmas, variational_bound
 from ddim_jax.checks import NUM_SEEDS
 from ddim_jax.keys import image_keys, seed_key
-from ddim_jax.parallel import map_rows, over_devices
+from ddim_jax.parallel import DeviceProgram, Devices, map_rows, over_devices
 from ddim_jax.paths import Folder
 from ddim_jax.runs import RunParams, RunSpec
 from ddim_jax.runs.options import MAX_BATCH, check_limits, option
@@ -113,8 +112,12 @@ def _processes(spec: RunSpec, timesteps: Timesteps, etas: tuple[float, ...]) -> 
 
 
 def bound_program(
-    spec: RunSpec, timesteps: Timesteps, sigmas: list[Stds], seed: int
-) -> Callable[..., Any]:
+    spec: RunSpec,
+    timesteps: Timesteps,
+    sigmas: list[Stds],
+    seed: int,
+    devices: Devices | None = None,
+) -> DeviceProgram:
     """(params, uint8 images, labels, indices) -> BoundTerms with leading axes image, process."""
     of_process, of_model = (jnp.stack(stds) for stds in zip(*sigmas, strict=True))
 
@@ -129,7 +132,7 @@ def bound_program(
         )(of_process, of_model)
         return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), terms)
 
-    return over_devices(bound)
+    return over_devices(bound, devices)
 
 
 def _row(name: str, terms: BoundTerms) -> dict:

@@ -158,6 +158,22 @@ def test_training_compiles_once():
     assert len(compiled) == 1, compiled
 
 
+@pytest.mark.parametrize("eta", [0.5, np.float32(0.5), jnp.float32(0.5)])
+def test_a_call_finds_compiled_what_was_compiled_before(eta):
+    """Of Python's numbers too, whose type in JAX is one of their own."""
+    traces = []
+
+    def fn(params, x):
+        traces.append(x.shape)
+        return params["w"] * params["eta"] * x
+
+    program, x = parallel.over_devices(fn), np.ones((jax.local_device_count(), 3), np.float32)
+    params = {"w": jnp.float32(3), "eta": eta}
+    program.compile(params, x)
+    np.testing.assert_array_equal(program(params, x), 1.5 * x)
+    assert len(traces) == 1
+
+
 def test_over_devices_splits_only_the_arrays():
     f = parallel.over_devices(lambda p, x, y: p["scale"] * x + y)
     got = f({"scale": jnp.float32(3)}, jnp.arange(4.0), jnp.ones(4))
