@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import pathlib
 import sys
@@ -42,7 +41,7 @@ from likelihood import bound_program
 from presets import PRESETS
 
 from ddim_jax import parallel, process_sigmas, train, unet
-from ddim_jax.files import write_whole
+from ddim_jax.files import read_json, write_json
 from ddim_jax.keys import seed_key
 from ddim_jax.metrics.inception import inception_outputs, inception_shapes
 from ddim_jax.numerics import Precision, matmul_precision
@@ -132,8 +131,7 @@ def main(config: CompileConfig) -> None:
         print(_line(rows[-1]), flush=True)
         if config.out is not None:
             pathlib.Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(_facts() | {"rows": rows}, indent=1) + "\n"
-            write_whole(pathlib.Path(config.out), text.encode())
+            write_json(config.out, _facts() | {"rows": rows})
     print(f"\n{_table(rows)}")
 
 
@@ -145,11 +143,12 @@ def _choices(config: CompileConfig) -> dict[str, Any]:
 def _kept_rows(config: CompileConfig) -> list[dict[str, Any]]:
     if config.out is None or not os.path.exists(config.out):
         return []
-    kept, versions = json.loads(pathlib.Path(config.out).read_text()), _facts()["versions"]
-    if kept["versions"] != versions:
+    kept = read_json(config.out, way_out="Give another file.")
+    versions, theirs = _facts()["versions"], kept.get("versions")
+    if theirs != versions or "rows" not in kept:
         raise ValueError(
-            f"out must be a table of this compiler, {versions}; {config.out} is of "
-            f"{kept['versions']}. Give another file."
+            f"out must be a table of this compiler, {versions}; {config.out} is of {theirs}. "
+            "Give another file."
         )
     return kept["rows"]
 
