@@ -39,7 +39,7 @@ NO_PATHS = {
     "metrics", "split", "train_split", "test_split", "features", "sampler", "samplers", "predicts",
     "coordinator", "weights", "dtype", "spacing", "spacings", "preset", "source", "target", "paper",
     "etas", "peer", "reduction", "loss", "timesteps", "weighting", "name",
-    "held_out_split", "precision",
+    "held_out_split", "precision", "topology",
 }  # fmt: skip
 """Options that are words, and no path."""
 

@@ -23,13 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
-# For a compiler on a machine that has no TPU; before JAX looks for devices.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # there is no chip to fight for
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
@@ -53,6 +46,13 @@ from ddim_jax.runs.draw import DrawInputs, image_program
 from ddim_jax.runs.options import check_limits, option
 from ddim_jax.samplers import encode
 
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no chip to fight for
+}
+"""What the TPU's library reads, when it is loaded, on a machine that has none."""
 IMAGES = {"cifar10": ((32, 32, 3), 256), "celeba": ((64, 64, 3), 64), "bedroom": ((256, 256, 3), 8)}
 """Configuration -> its images, and how many a chip samples at once."""
 PROGRAMS = ("sample", "train", "encode", "bound", "features")
@@ -119,6 +119,8 @@ class Case(NamedTuple):
 def main(config: CompileConfig) -> None:
     """Compile, and print a markdown table."""
     check_limits(config)
+    os.environ.update(NO_TPU | os.environ)
+    jax.config.update("jax_platforms", "cpu")  # what is compiled for is named, not looked for
     jax.config.update("jax_enable_compilation_cache", False)  # what is kept takes no time
     if not config.cpu_convolution:
         unet.conv_general_dilated = jax.lax.conv_general_dilated  # by default the host decides
